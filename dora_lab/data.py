@@ -1,0 +1,80 @@
+"""Examples of a task, from the mini-world or from any local folder of LLM-Adapters files, through the same loader."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+from dora_lab.profiles import PROJECT
+from dora_lab.tasks import Example, get_task, parse_record
+
+SPLITS = ("train", "validation", "test")
+MINI_WORLD = PROJECT / "data" / "miniworld" / "tasks"
+CARVED_SEED = 42  # which train examples become validation where a folder has no validation.json
+
+
+def data_folder(source: str) -> Path:
+    """The folder of a profile's `data`: the mini-world's, or the path as given. Raises FileNotFoundError."""
+    folder = MINI_WORLD if source == "mini-world" else Path(source).expanduser()
+    if not folder.is_dir():
+        advice = "run `dora-lab pretrain` or restore data/miniworld" if source == "mini-world" else "check the path"
+        raise FileNotFoundError(f"data folder {folder} does not exist: {advice}")
+    return folder
+
+
+def load_examples(
+    source: str, task_name: str, split: str, limit: int | None = None, validation_examples: int | None = None
+) -> list[Example]:
+    """Checked examples of one task and split, the first `limit` of them.
+
+    A folder without `validation.json` has its validation examples drawn from `train.json` (`validation_examples` of
+    them, 300 unless told); they are then left out of the train split.
+    Raises FileNotFoundError for a missing file, ValueError for a bad one, naming file and index.
+    """
+    task = get_task(task_name)
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    folder = data_folder(source) / task.folder
+    own_validation = (folder / "validation.json").is_file()
+    if split == "test" or own_validation:
+        examples = _read(folder / f"{split}.json", task_name, split)
+    else:
+        examples = _read(folder / "train.json", task_name, "train")
+        count = 300 if validation_examples is None else validation_examples
+        if count >= len(examples):
+            raise ValueError(
+                f"{folder / 'train.json'} has {len(examples)} examples, too few to hold {count} back for validation: "
+                "add a validation.json or set validation_examples lower"
+            )
+        held_back = set(random.Random(CARVED_SEED).sample(range(len(examples)), count))
+        examples = [e for i, e in enumerate(examples) if (i in held_back) == (split == "validation")]
+    if split == "validation" and own_validation and validation_examples is not None:
+        examples = examples[:validation_examples]
+    return examples[:limit]
+
+
+def data_sha256(source: str, task_name: str) -> str:
+    """One hash over the task's files, names and contents: part of a run's identity."""
+    folder = data_folder(source) / get_task(task_name).folder
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        path = folder / f"{split}.json"
+        if path.is_file():
+            digest.update(f"{split}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _read(path: Path, task_name: str, split: str) -> list[Example]:
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {path} does not exist: put LLM-Adapters' {split} file of {task_name} there")
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch or restore the file") from error
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{path}: expected a non-empty list of records, got {type(records).__name__}")
+    task = get_task(task_name)
+    return [
+        parse_record(record, task, f"{path}, record {index}", f"{task_name}-{split}-{index}")
+        for index, record in enumerate(records)
+    ]

@@ -1,0 +1,102 @@
+"""A profile: the checked YAML file of run parameters that a run, a grid and papermill are given.
+
+The files are `data/profiles/<name>.yaml`; a path to another YAML file works as well.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+PROJECT = Path(__file__).resolve().parents[1]
+FOLDER = PROJECT / "data" / "profiles"
+
+Method = Literal["full", "lora", "dora", "dora-magnitude"]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Profile:
+    """Everything that a grid of runs has in common; `steps` and `learning_rate` are given per task.
+
+    `alpha = scaling * rank`. `data` and `base_model` are "mini-world" or a folder; `base_model` may be a hub id.
+    `prompt`: "alpaca" is LLM-Adapters' full preamble, "alpaca-short" keeps its two headings only.
+    """
+
+    name: str
+    summary: str
+    base_model: str
+    data: str
+    tasks: list[str]
+    methods: list[Method]
+    seeds: list[int]
+    rank: Positive
+    scaling: Annotated[float, Field(gt=0)]
+    target_modules: list[str]
+    prompt: Literal["alpaca", "alpaca-short"]
+    append_eos: bool
+    cutoff_tokens: Positive
+    steps: dict[str, Positive]
+    batch_size: Positive
+    warmup_steps: Annotated[int, Field(ge=0)]
+    learning_rate: dict[Method, dict[str, Rate]]
+    learning_rate_grid: list[Rate]
+    sweep_seeds: list[int]
+    evaluation_batch_size: Positive
+    gradient_accumulation: Positive = 1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    train_examples: Positive | None = None
+    validation_examples: Positive | None = None
+    test_examples: Positive | None = None
+    checkpoints: Positive = 4
+    geometry: bool = True
+    threads: Positive = 1
+
+    @model_validator(mode="after")
+    def _steps_for_every_task(self):
+        missing = [task for task in self.tasks if task not in self.steps]
+        if missing:
+            raise ValueError(f"steps has no entry for the task(s) {', '.join(missing)}")
+        return self
+
+
+def known_profiles() -> list[str]:
+    """Names of the profiles that ship."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """Read and check a profile, by its name or by the path of a YAML file.
+
+    Raises ValueError: no such profile, not YAML, a key that is missing, unknown or has a wrong value.
+    """
+    path = Path(name_or_path) if str(name_or_path).endswith((".yaml", ".yml")) else FOLDER / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"unknown profile {str(name_or_path)!r}: choose one of {', '.join(known_profiles())}, "
+            "or give the path of a .yaml file"
+        )
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}; correct the file") from error
+    try:
+        return TypeAdapter(Profile).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {explain(error)}; correct the file") from error
+
+
+def explain(error: ValidationError) -> str:
+    """What pydantic found wrong, in one line: key, what is wrong, the value that was given."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "the whole"
+        given = "" if item["type"] in ("missing", "unexpected_keyword_argument") else f", got {item['input']!r:.80}"
+        lines.append(f"{key}: {item['msg']}{given}")
+    return "; ".join(lines)

@@ -1,0 +1,329 @@
+"""What a run is (`RunSpec`), what it gave (`RunRecord`), and the store: one folder a run.
+
+`<runs>/<profile>/<run id>/` holds `predictions.jsonl`, `curve.jsonl`, `geometry.jsonl`, `adapter/` and `record.json`.
+`record.json` is written last, by rename: a folder with one is done, a folder without one is taken up again.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from dora_lab.data import data_sha256
+from dora_lab.models import base_sha256
+from dora_lab.profiles import PROJECT, Method, Positive, Profile, Rate, explain, load_profile
+from dora_lab.tasks import get_task
+
+_CONFIG = ConfigDict(extra="forbid")
+# The parameters of 07_fine_tune.ipynb and what each is read as; "" or None takes the profile's value.
+PARAMETERS = {
+    "profile": str,
+    "task": str,
+    "method": str,
+    "rank": int,
+    "seed": int,
+    "learning_rate": float,
+    "steps": int,
+    "split": str,
+    "runs_dir": str,
+}
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class RunSpec:
+    """All that could change a run's result. `run_id` is a hash of it (the profile's name aside).
+
+    rank and alpha are None for `full` and `dora-magnitude`, which have no low-rank matrices.
+    """
+
+    profile: str
+    task: str
+    method: Method
+    rank: Positive | None
+    alpha: float | None
+    seed: Annotated[int, Field(ge=0)]
+    learning_rate: Rate
+    steps: Positive
+    split: Literal["test", "validation"]
+    base_model: str
+    base_sha256: str
+    data: str
+    data_sha256: str
+    target_modules: list[str]
+    dropout: float
+    prompt: str
+    append_eos: bool
+    cutoff_tokens: int
+    train_examples: int | None
+    validation_examples: int | None
+    test_examples: int | None
+    batch_size: int
+    gradient_accumulation: int
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    dtype: str
+    evaluation_batch_size: int
+    checkpoints: int
+    geometry: bool
+    threads: int
+
+    @property
+    def run_id(self) -> str:
+        """`<task>-<method>[-r<rank>]-s<seed>-<ten hex digits>`."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k != "profile"}
+        for local in ("base_model", "data"):  # their hashes say what they are; a path says only where
+            del values[local]
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+        rank = "" if self.rank is None else f"-r{self.rank}"
+        return f"{self.task}-{self.method}{rank}-s{self.seed}-{digest}"
+
+
+def make_spec(
+    profile: Profile,
+    task: str,
+    method: str,
+    rank: int | None = None,
+    seed: int = 0,
+    learning_rate: float | None = None,
+    steps: int | None = None,
+    split: str = "test",
+) -> RunSpec:
+    """The run of `profile` for one task, method, rank and seed; None takes the profile's value.
+
+    Raises ValueError for an unknown task, method or split, or a value the profile does not have;
+    FileNotFoundError if the base model or the data is not there.
+    """
+    get_task(task)
+    methods = Method.__args__
+    if method not in methods:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(methods)}")
+    if task not in profile.steps and steps is None:
+        raise ValueError(f"profile {profile.name!r} has no steps for task {task!r}: it has {', '.join(profile.steps)}")
+    if learning_rate is None:
+        learning_rate = profile.learning_rate.get(method, {}).get(task)
+        if learning_rate is None:
+            raise ValueError(
+                f"profile {profile.name!r} has no learning rate for {method} on {task}: add one, or give learning_rate"
+            )
+    low_rank = method in ("lora", "dora")
+    if rank is not None and not low_rank:
+        raise ValueError(f"method {method!r} has no rank: leave rank out, or choose lora or dora")
+    rank = (profile.rank if rank is None else rank) if low_rank else None
+    shared = {f.name: getattr(profile, f.name) for f in dataclasses.fields(RunSpec) if hasattr(profile, f.name)}
+    shared |= {
+        "profile": profile.name,
+        "task": task,
+        "method": method,
+        "rank": rank,
+        "alpha": profile.scaling * rank if rank is not None else None,
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "steps": profile.steps.get(task) if steps is None else steps,
+        "split": split,
+        "base_sha256": base_sha256(profile.base_model),
+        "data_sha256": data_sha256(profile.data, task),
+    }
+    try:
+        return TypeAdapter(RunSpec).validate_python(shared)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from error
+
+
+def spec_from_parameters(namespace: dict[str, Any]) -> tuple[RunSpec, Path]:
+    """(spec, runs folder) from a notebook's variables right after its parameters cells.
+
+    Papermill only warns of a parameter that the notebook does not have; here every public name that is not a parameter
+    is an error, and so is a value of another type.
+    """
+    ipython = {"In", "Out", "get_ipython", "exit", "quit", "open"}
+    for name in namespace:
+        if not name.startswith("_") and name not in ipython and name not in PARAMETERS:
+            near = difflib.get_close_matches(name, PARAMETERS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(PARAMETERS)}"
+            raise ValueError(f"unknown parameter {name!r}: {hint}")
+    values = {}
+    for name, kind in PARAMETERS.items():
+        value = namespace.get(name)
+        if value is None or value == "":
+            continue
+        integral = kind is int and isinstance(value, int) and not isinstance(value, bool)
+        real = kind is float and isinstance(value, int | float) and not isinstance(value, bool)
+        if not (integral or real or (kind is str and isinstance(value, str))):
+            words = {str: "a text", int: "an integer", float: "a number"}
+            raise ValueError(f"parameter {name!r} must be {words[kind]}, got {value!r}")
+        values[name] = value
+    for name in ("profile", "task", "method"):
+        if name not in values:
+            raise ValueError(f"parameter {name!r} is missing: give all of profile, task and method")
+    runs_dir = Path(values.pop("runs_dir", PROJECT / "runs"))
+    return make_spec(load_profile(values.pop("profile")), **values), runs_dir
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class RunResult:
+    """What one run measured. Accuracies and rates are fractions; times in seconds, memory in bytes."""
+
+    accuracy: float
+    n: int
+    correct: int
+    chance: float
+    unparsed_rate: float
+    trainable_parameters: int
+    total_parameters: int
+    train_loss: float
+    train_time_s: float
+    step_time_s: float
+    evaluation_time_s: float
+    peak_memory_bytes: int
+    resumed: bool
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class RunRecord:
+    """One finished run."""
+
+    spec: RunSpec
+    result: RunResult
+    environment: dict[str, Any]
+
+
+def run_folder(runs_dir: str | Path, spec: RunSpec) -> Path:
+    """`<runs_dir>/<profile>/<run id>`."""
+    return Path(runs_dir) / spec.profile / spec.run_id
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder and see that it can be written. Raises OSError naming the path and what to do."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_bytes(b"0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write to {folder} ({error.strerror}): free space there, or give another folder as runs_dir",
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder alone: a second process with the same run waits here until the first is done."""
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write by rename: the file is whole or not there. Raises OSError naming the path, with nothing else touched."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, f"cannot write {path} ({error.strerror}): free space there and run again") from error
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Write rows as JSON lines, by rename."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Rows of a JSON lines file. Raises ValueError naming the file and line of a broken row."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is broken: delete the folder {path.parent} and run again") from error
+    return rows
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Write `record.json`, which makes the run done, and take away the trace of an earlier failure."""
+    write_text(folder / "record.json", json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+    (folder / "failure.json").unlink(missing_ok=True)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the run in this folder is finished."""
+    return (folder / "record.json").is_file()
+
+
+def read_record(folder: Path) -> RunRecord:
+    """The record of a finished run. Raises ValueError if it is damaged, saying which folder to delete."""
+    path = folder / "record.json"
+    try:
+        return TypeAdapter(RunRecord).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        what = explain(error) if isinstance(error, ValidationError) else str(error)
+        raise ValueError(f"{path} is damaged ({what:.200}): delete the folder {folder} and run again") from error
+
+
+def read_records(profile_folder: Path) -> tuple[list[RunRecord], list[str]]:
+    """(records sorted by task, method, rank and seed; one message for every damaged record)."""
+    records, damaged = [], []
+    for path in sorted(Path(profile_folder).glob("*/record.json")):
+        try:
+            records.append(read_record(path.parent))
+        except ValueError as error:
+            damaged.append(str(error))
+    records.sort(key=lambda r: (r.spec.task, r.spec.method, r.spec.rank or 0, r.spec.seed, r.spec.learning_rate))
+    return records, damaged
+
+
+def write_failure(folder: Path, spec: RunSpec, error: str) -> None:
+    """Note why a run failed, for the tables; removed when the run succeeds."""
+    failure = {"task": spec.task, "method": spec.method, "rank": spec.rank, "seed": spec.seed, "error": error}
+    write_text(folder / "failure.json", json.dumps(failure, indent=1) + "\n")
+
+
+def read_failures(profile_folder: Path) -> list[dict]:
+    """Failed and not since finished runs: task, method, rank, seed, error, folder."""
+    paths = sorted(Path(profile_folder).glob("*/failure.json"))
+    return [
+        json.loads(path.read_text()) | {"folder": str(path.parent)} for path in paths if not is_done(path.parent)
+    ]
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What the run ran on: versions, processor or GPU, threads, time of day (UTC)."""
+    import torch
+
+    packages = ("dora-lab", "torch", "transformers", "peft", "datasets", "numpy")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "threads": threads,
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

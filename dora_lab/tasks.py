@@ -1,0 +1,90 @@
+"""The eight commonsense tasks of LLM-Adapters: candidates, chance level, prompt, and a checked example.
+
+A record is `{"instruction", "input", "output", "answer"}`; the instruction ends in a line "Answer format: a/b/…" that
+names the candidates (arXiv 2304.01933, repository AGI-Edgerunners/LLM-Adapters).
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+ANSWER_PREFIX = "the correct answer is "
+PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+TEMPLATES = {
+    "alpaca": PREAMBLE + "### Instruction:\n{instruction}\n\n### Response:\n",
+    "alpaca-short": "### Instruction:\n{instruction}\n\n### Response:\n",
+}
+_FORMAT = re.compile(r"Answer format:\s*(\S+)\s*$")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. `folder` is its name in LLM-Adapters; `candidates` are the answers that most of its items have."""
+
+    name: str
+    folder: str
+    candidates: tuple[str, ...]
+    title: str
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing among `candidates`."""
+        return float(Fraction(1, len(self.candidates)))
+
+
+def _numbered(word: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{word}{i + 1}" for i in range(count))
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("boolq", "boolq", ("true", "false"), "BoolQ"),
+        Task("piqa", "piqa", _numbered("solution", 2), "PIQA"),
+        Task("social_i_qa", "social_i_qa", _numbered("answer", 3), "SIQA"),
+        Task("hellaswag", "hellaswag", _numbered("ending", 4), "HellaSwag"),
+        Task("winogrande", "winogrande", _numbered("option", 2), "WinoGrande"),
+        Task("arc_easy", "ARC-Easy", _numbered("answer", 4), "ARC-e"),
+        Task("arc_challenge", "ARC-Challenge", _numbered("answer", 4), "ARC-c"),
+        Task("openbookqa", "openbookqa", _numbered("answer", 4), "OBQA"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One checked question: `answer` is among `candidates`; `id` is `<task>-<split>-<index in its file>`."""
+
+    id: str
+    instruction: str
+    answer: str
+    candidates: tuple[str, ...]
+
+
+def get_task(name: str) -> Task:
+    """The task of that name. Raises ValueError naming the known ones."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def parse_record(record: object, task: Task, where: str, example_id: str) -> Example:
+    """Check one record of a data file. `where` names file and index in the ValueError that a bad one raises."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected an object with instruction and answer, got {type(record).__name__}")
+    for field in ("instruction", "answer"):
+        if not isinstance(record.get(field), str) or not record[field].strip():
+            raise ValueError(f"{where}: field {field!r} is missing or empty; every record needs instruction and answer")
+    instruction, answer = record["instruction"], record["answer"]
+    named = _FORMAT.search(instruction)
+    candidates = tuple(named.group(1).split("/")) if named else task.candidates
+    if answer not in candidates:
+        raise ValueError(f"{where}: answer {answer!r} is not among the candidates {', '.join(candidates)}")
+    return Example(example_id, instruction, answer, candidates)
+
+
+def prompt(example: Example, template: str) -> str:
+    """The text in front of the response, in LLM-Adapters' template (`alpaca`) or without its preamble."""
+    return TEMPLATES[template].format(instruction=example.instruction)
