@@ -1,27 +1,44 @@
+# Every target that runs Python sets up .venv first; a second call installs nothing.
+#   make reproduce              the results table and figures again (PROFILE=mini SEEDS=3)
+#   make test, make test-all    the quick tests; all but those that need a GPU (`make test-gpu`)
+#   make lint, make notebooks-strip, make clean
+# A machine without a GPU is served best by PyTorch's small CPU wheels:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
 PYTHON ?= python3
+PROFILE ?= mini
+SEEDS ?= 3
 BIN := .venv/bin
+STAMP := .venv/.installed
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: setup test test-all reproduce lint clean
+.PHONY: setup reproduce test test-all test-gpu lint notebooks-strip clean
 
-setup: .venv/installed
+setup: $(STAMP)
 
-.venv/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
-	touch $@
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: call make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
 
-test: setup
-	$(BIN)/python -m pytest -q -m "not gpu and not slow"
+reproduce: $(STAMP)
+	$(BIN)/dora-lab reproduce --profile $(PROFILE) --seeds $(SEEDS)
 
-test-all: setup
-	$(BIN)/python -m pytest -q -m "not gpu"
+test: $(STAMP)
+	$(PYTEST) -m "not gpu and not slow"
 
-reproduce: setup
-	$(BIN)/dora-lab reproduce --profile mini --seeds 3
+test-all: $(STAMP)
+	$(PYTEST) -m "not gpu"
 
-lint: setup
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+
+notebooks-strip: $(STAMP)
+	$(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill metadata.language_info.version" notebooks/*.ipynb
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find dora_lab tests -name __pycache__ -type d -prune -exec rm -rf {} +
