@@ -2,8 +2,7 @@
 #   make reproduce              the results table and figures again (PROFILE=mini SEEDS=3)
 #   make test, make test-all    the quick tests; all but those that need a GPU (`make test-gpu`)
 #   make lint, make notebooks-strip, make clean
-# A machine without a GPU is served best by PyTorch's small CPU wheels:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+# A machine without a GPU is served best by PyTorch's small CPU wheels: install torch from them into .venv first.
 PYTHON ?= python3
 PROFILE ?= mini
 SEEDS ?= 3
