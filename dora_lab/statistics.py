@@ -1,0 +1,136 @@
+"""How sure a number is: intervals over seeds, over questions, and over both for the difference of two methods.
+
+Accuracies are fractions in [0, 1] throughout. Multiply by 100 for percent, or for percentage points of a difference.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its confidence limits; the limits are NaN where the data cannot give any.
+
+    `seeds` and `items` count what the estimate rests on, where that is known.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    level: float = 0.95
+    seeds: int | None = None
+    items: int | None = None
+
+    @property
+    def half_width(self) -> float:
+        """Half the distance between the limits."""
+        return (self.high - self.low) / 2
+
+
+def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean over seeds with Student's t limits, `mean ± t(level, k - 1) · s / √k` for k values.
+
+    It says how far the mean would move with other seeds, the questions staying the same. One seed gives NaN limits:
+    a single run says nothing of the spread. Raises ValueError for no value, or one that is not finite.
+    """
+    values = np.asarray(list(values), dtype=float)  # (seeds,)
+    _check_level(level)
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"seed_interval needs at least one finite value, got {values.tolist()}")
+    mean = float(values.mean())
+    if values.size == 1:
+        return Interval(mean, math.nan, math.nan, level, seeds=1)
+    half = float(stats.t.ppf((1 + level) / 2, values.size - 1) * values.std(ddof=1) / math.sqrt(values.size))
+    return Interval(mean, mean - half, mean + half, level, seeds=int(values.size))
+
+
+def wilson_interval(correct: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson score interval of `correct` right answers in `n` questions: one trained model, other questions.
+
+    Raises ValueError unless 0 <= correct <= n and n >= 1.
+    """
+    _check_level(level)
+    if n < 1 or not 0 <= correct <= n:
+        raise ValueError(f"wilson_interval needs 0 <= correct <= n and n >= 1, got correct={correct}, n={n}")
+    low, high = proportion_confint(correct, n, alpha=1 - level, method="wilson")
+    return Interval(correct / n, float(low), float(high), level, items=n)
+
+
+def correct_by_id(predictions: Iterable[Mapping]) -> dict[str, bool]:
+    """{example id: answered right} from the rows of a `predictions.jsonl`.
+
+    Raises ValueError if an id occurs twice.
+    """
+    answers = {}
+    for row in predictions:
+        if row["id"] in answers:
+            raise ValueError(f"the example {row['id']!r} occurs twice in the predictions: give those of one run")
+        answers[row["id"]] = row["prediction"] == row["gold"]
+    return answers
+
+
+def paired_difference(
+    first: Mapping[int, Mapping[str, bool]],
+    second: Mapping[int, Mapping[str, bool]],
+    level: float = 0.95,
+    resamples: int = 4000,
+    bootstrap_seed: int = 0,
+) -> Interval:
+    """Accuracy of `first` minus accuracy of `second`, paired by seed and by question.
+
+    Arguments: {seed: {example id: answered right}} of two methods on one task. Seeds that only one of them has are left
+    out (`seeds` of the result counts the pairs). The limits are percentiles of a bootstrap that draws seeds and
+    questions together, each with replacement. A bootstrap of k seeds is too narrow for small k, so the weights of the
+    seeds are spread by √(k / (k - 1)) · t(k - 1) / z: if all questions agreed, these would be Student's t limits.
+    With one common seed only questions are drawn: the result then speaks of two trained models, not of two methods.
+
+    Raises ValueError if there is no common seed, or the two answered different questions.
+    """
+    _check_level(level)
+    seeds = sorted(set(first) & set(second))
+    if not seeds:
+        raise ValueError(f"no common seed: one method has {sorted(first)}, the other {sorted(second)}")
+    items = sorted(first[seeds[0]])
+    for seed in seeds:
+        for answers in (first[seed], second[seed]):
+            if not items or set(answers) != set(items):
+                raise ValueError(
+                    f"the runs of seed {seed} did not answer the same questions as those of seed {seeds[0]}: "
+                    "compare runs of one task, split and data version"
+                )
+    difference = np.array([[float(first[s][i]) - float(second[s][i]) for i in items] for s in seeds])  # (seeds, items)
+    k, n = difference.shape
+    spread = math.sqrt(k / (k - 1)) * stats.t.ppf((1 + level) / 2, k - 1) / stats.norm.ppf((1 + level) / 2) if k > 1 else 0
+    generator = np.random.default_rng(bootstrap_seed)
+    draws = []
+    for size in _chunks(resamples, max(1, 2_000_000 // n)):
+        of_items = generator.multinomial(n, np.full(n, 1 / n), size=size) / n  # (size, items)
+        of_seeds = generator.multinomial(k, np.full(k, 1 / k), size=size) / k  # (size, seeds)
+        of_seeds = 1 / k + spread * (of_seeds - 1 / k)  # (size, seeds); still sums to 1
+        draws.append(((of_items @ difference.T) * of_seeds).sum(axis=1))  # (size,)
+    low, high = np.quantile(np.concatenate(draws), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(difference.mean()), float(low), float(high), level, seeds=k, items=n)
+
+
+def wording(difference: Interval) -> str:
+    """What a difference lets one say: "ahead" or "behind" if the interval leaves out 0, else "no difference shown"."""
+    if difference.low > 0:
+        return "ahead"
+    if difference.high < 0:
+        return "behind"
+    return "no difference shown"
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, for instance 0.95, got {level}")
+
+
+def _chunks(total: int, size: int) -> Iterable[int]:
+    for start in range(0, total, size):
+        yield min(size, total - start)
