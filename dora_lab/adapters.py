@@ -1,24 +1,25 @@
 """LoRA and DoRA, written to be read.
 
-            x ──┬───────────── W0 (out, in), frozen ──────────────┐
-                │                                                 ├─ + ─ (· m / ‖W0 + s·B·A‖ for DoRA) ─ + bias ── y
-                └─ dropout ─ A (rank, in) ─ B (out, rank) ─ · s ──┘
+          ┌───────────── W0 (out, in), frozen ──────────────┐
+      x ──┤                                                 ├─ + ── · m / ‖W0 + s·B·A‖ (DoRA only) ── + bias ── y
+          └─ dropout ─ A (rank, in) ─ B (out, rank) ─ · s ──┘
 
-LoRA (arXiv 2106.09685):  W' = W0 + s·B·A,  s = alpha / rank.
-DoRA (arXiv 2402.09353, Eq. 5):  W' = m · (W0 + s·B·A) / ‖W0 + s·B·A‖, one norm and one m per output feature. The paper
-writes W as (in, out) and says "column-wise"; PyTorch keeps (out, in), so the norm is over `dim=1` and m is (out,).
-For 4096 -> 4096 at rank 16: A and B have 131,072 numbers, m adds 4,096, W0 has 16,777,216.
+LoRA (arXiv 2106.09685):           W' = W0 + s·B·A,  s = alpha / rank
+DoRA (arXiv 2402.09353, Eq. 5):    W' = m · (W0 + s·B·A) / ‖W0 + s·B·A‖
+
+The paper writes W as (in, out) and takes the norm "column-wise"; PyTorch keeps (out, in), so here the norm is over
+`dim=1`: one norm and one entry of m per output feature. For 4096 -> 4096 at rank 16, A and B have 131,072 numbers
+together, m adds 4,096, and W0 has 16,777,216. Adapter parameters are float32 (float64 around a float64 layer).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_lab.geometry import magnitude
+from dora_lab import geometry
 
 METHODS = ("full", "lora", "dora", "dora-magnitude")
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -26,10 +27,11 @@ LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What to adapt and how. rank and alpha are for `lora` and `dora`; the other methods have no low-rank matrices.
+    """What to adapt and how. `lora` and `dora` need a rank and an alpha; the other methods have no low-rank matrices.
 
-    method: `full` (train everything), `lora`, `dora`, `dora-magnitude` (train m only, directions stay W0's).
-    target_modules: names of linear layers, matched as PEFT does: the whole name or what follows a dot.
+    method: `full` (train everything), `lora`, `dora`, `dora-magnitude` (train m only; directions stay W0's).
+    dropout: probability, on what the adapter reads; the frozen layer itself always reads all of x.
+    target_modules: names of linear layers, matched as PEFT does: the whole name, or all that follows a dot.
     Raises ValueError for values that make no adapter.
     """
 
@@ -43,195 +45,232 @@ class AdapterConfig:
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
         if self.method in ("lora", "dora"):
-            if self.rank is None or self.rank < 1:
+            if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
                 raise ValueError(f"rank must be a whole number of at least 1 for {self.method}, got {self.rank!r}")
-            if self.alpha is None or self.alpha <= 0:
-                raise ValueError(f"alpha must be above 0 for {self.method}, got {self.alpha!r}")
+            if self.alpha is None or not 0 < self.alpha < math.inf:
+                raise ValueError(f"alpha must be a number above 0 for {self.method}, got {self.alpha!r}")
         elif self.rank is not None or self.alpha is not None:
             raise ValueError(f"method {self.method!r} has no low-rank matrices: leave rank and alpha out")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
-        if not self.target_modules:
-            raise ValueError("target_modules is empty: name the linear layers to adapt, such as q_proj")
+        if isinstance(self.target_modules, str) or not self.target_modules:
+            raise ValueError(
+                f"target_modules must be a list of layer names such as q_proj, v_proj, got {self.target_modules!r}"
+            )
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))  # a list from a YAML or JSON file
 
     @property
     def scaling(self) -> float:
-        """s = alpha / rank."""
+        """s = alpha / rank. Raises ValueError for a method without low-rank matrices."""
+        if self.rank is None:
+            raise ValueError(f"method {self.method!r} has no low-rank matrices, so no scaling")
         return self.alpha / self.rank
 
 
-def dora_norm(weight: Tensor) -> Tensor:
-    """‖W0 + s·B·A‖ per output feature, (out, in) -> (out,), held constant in the backward pass (Sec. 4.3, Eq. 11).
+def lora_weight(base_weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """W0 + s·B·A, (out, in), in the precision of A and B, under autocast too."""
+    with torch.autocast(base_weight.device.type, enabled=False):
+        return base_weight.to(lora_A.dtype) + scaling * (lora_B @ lora_A)  # (out, in)
 
-    Were the norm differentiated, Eq. 6 would hold: ∇V' = m/‖V'‖ (I - V'V'ᵀ/‖V'‖²) ∇W'. Held constant it is
-    Eq. 11: ∇V' = m/‖V'‖ ∇W', and no (out, in) tensor need be kept for it. Rows of zeros get norm 1: their product is 0.
+
+def dora_norm(weight: Tensor, detach: bool = True) -> Tensor:
+    """‖V'‖ of V' = W0 + s·B·A for every output feature: (out, in) -> (out,). A row of zeros gets 1, so that 0 / 1 = 0.
+
+    Sec. 4.3: the norm follows the update but is held constant in the backward pass. Differentiating it gives Eq. 6,
+    ∇V' = m/‖V'‖ (I - V'V'ᵀ/‖V'‖²) ∇W'; holding it constant leaves Eq. 11, ∇V' = m/‖V'‖ ∇W', and saves the memory that
+    the norm's own backward would need. `detach=False` is here to see the difference; the layers never use it.
     """
-    norm = magnitude(weight.detach())  # (out,)
+    norm = geometry.magnitude(weight.detach() if detach else weight)  # (out,)
     return torch.where(norm == 0, 1.0, norm)
 
 
+def dora_weight(
+    base_weight: Tensor, magnitude: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, detach_norm: bool = True
+) -> Tensor:
+    """Eq. 5 as it stands: W' = m · V' / ‖V'‖ with V' = W0 + s·B·A, (out, in). Its row norms are |m|."""
+    adapted = lora_weight(base_weight, lora_A, lora_B, scaling)  # (out, in)
+    return (magnitude / dora_norm(adapted, detach_norm))[:, None] * adapted  # (out, in)
+
+
 class LoRALinear(nn.Module):
-    """y = x·W0ᵀ + s·dropout(x)·Aᵀ·Bᵀ + bias around a frozen linear layer. x: (..., in), y: (..., out)."""
+    """y = x·W0ᵀ + bias + s·x̃·Aᵀ·Bᵀ around a frozen linear layer, x̃ = dropout(x). x: (..., in), y: (..., out)."""
 
     def __init__(self, base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None):
         super().__init__()
-        self.base, self.scaling, self.merged = base, config.scaling, False
-        self.dropout = nn.Dropout(config.dropout)
-        options = {"device": base.weight.device, "dtype": torch.float32}
-        start = torch.empty(config.rank, base.in_features)
-        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-        self.lora_A = nn.Parameter(start.to(**options))  # (rank, in)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, **options))  # (out, rank)
+        self.base, self.scaling, self.dropout = base, config.scaling, nn.Dropout(config.dropout)
+        self.lora_A, self.lora_B = _low_rank_pair(base.weight, config.rank, generator)
+        self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while merged
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return self.base(x)
-        dropped = self.dropout(x.to(self.lora_A.dtype))
-        update = self.scaling * F.linear(F.linear(dropped, self.lora_A), self.lora_B)  # (..., out)
-        return (self.base(x) + update).to(x.dtype)
+        result = self.base(x)  # (..., out)
+        if self.unmerged_weight is not None:
+            return result
+        dropped = self.dropout(x.to(self.lora_A.dtype))  # (..., in)
+        update = self.scaling * F.linear(F.linear(dropped, self.lora_A), self.lora_B)  # (..., rank) -> (..., out)
+        return (result + update).to(result.dtype)
 
     def effective_weight(self) -> Tensor:
-        """W0 + s·B·A in float32, (out, in)."""
-        return self.base.weight.float() + self.scaling * (self.lora_B @ self.lora_A)
+        """W' = W0 + s·B·A, (out, in); while merged, what the base weight holds."""
+        if self.unmerged_weight is not None:
+            return self.base.weight.to(self.lora_A.dtype)
+        return lora_weight(self.base.weight, self.lora_A, self.lora_B, self.scaling)
 
 
-class DoRALinear(LoRALinear):
-    """Eq. 5 in output form: y = g·(x·W0ᵀ + s·x·Aᵀ·Bᵀ) + bias with g = m/‖W0 + s·B·A‖, so W' is never built.
+class DoRALinear(nn.Module):
+    """Eq. 5 without building W': y = g·(x·W0ᵀ + s·x·Aᵀ·Bᵀ) + bias with the gain g = m/‖W0 + s·B·A‖, one per output.
 
-    Dropout as in NVlabs' code and PEFT: with x̃ = dropout(x), y = x·W0ᵀ + (g - 1)·x̃·W0ᵀ + g·s·x̃·Aᵀ·Bᵀ + bias.
+    It is computed as y = (x·W0ᵀ + bias) + (g - 1)·x̃·W0ᵀ + g·s·x̃·Aᵀ·Bᵀ, x̃ = dropout(x), for two reasons: with B = 0 and
+    m = ‖W0‖ the base output comes out bit for bit, and dropout then means what it means in NVlabs' code and in PEFT.
+    x: (..., in), y: (..., out).
     """
 
     def __init__(self, base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None):
-        super().__init__(base, config, generator)
-        self.magnitude = nn.Parameter(magnitude(base.weight.detach()))  # (out,): at the start W' = W0
+        super().__init__()
+        self.base, self.scaling, self.dropout = base, config.scaling, nn.Dropout(config.dropout)
+        self.lora_A, self.lora_B = _low_rank_pair(base.weight, config.rank, generator)
+        self.magnitude = nn.Parameter(geometry.magnitude(base.weight.detach()))  # (out,)
+        self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while merged
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return self.base(x)
-        weight, bias = self.base.weight, self.base.bias
+        result = self.base(x)  # (..., out)
+        if self.unmerged_weight is not None:
+            return result
         with torch.no_grad():
-            norm = dora_norm(super().effective_weight())  # (out,)
+            norm = dora_norm(lora_weight(self.base.weight, self.lora_A, self.lora_B, self.scaling))  # (out,)
         gain = self.magnitude / norm  # (out,)
-        product = F.linear(x, weight)  # (..., out)
-        dropped = self.dropout(x.to(self.lora_A.dtype))
-        update = self.scaling * F.linear(F.linear(dropped, self.lora_A), self.lora_B)  # (..., out)
-        if self.training and self.dropout.p > 0:
-            again = F.linear(dropped.to(weight.dtype), weight)  # (..., out): the product of what dropout left of x
-            y = product + (gain - 1) * again + gain * update
-        else:
-            y = gain * (product + update)
-        return (y if bias is None else y + bias).to(x.dtype)
+        dropped = self.dropout(x.to(self.lora_A.dtype))  # (..., in)
+        update = self.scaling * F.linear(F.linear(dropped, self.lora_A), self.lora_B)  # (..., rank) -> (..., out)
+        return (result + (gain - 1) * _base_product(self, result, dropped) + gain * update).to(result.dtype)
 
     def effective_weight(self) -> Tensor:
-        """W' of Eq. 5 in float32, (out, in); its row norms are |m|."""
-        adapted = super().effective_weight()
-        return (self.magnitude / dora_norm(adapted))[:, None] * adapted
+        """W' of Eq. 5, (out, in), its row norms |m|; while merged, what the base weight holds."""
+        if self.unmerged_weight is not None:
+            return self.base.weight.to(self.lora_A.dtype)
+        return dora_weight(self.base.weight, self.magnitude, self.lora_A, self.lora_B, self.scaling)
 
 
 class MagnitudeLinear(nn.Module):
-    """DoRA with m alone trained: y = (m/‖W0‖)·x·W0ᵀ + bias. x: (..., in), y: (..., out)."""
+    """DoRA with B = 0 for good, m alone trained: y = g·x·W0ᵀ + bias, g = m/‖W0‖. x: (..., in), y: (..., out)."""
 
     def __init__(self, base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None):
         super().__init__()
-        self.base, self.merged = base, False
-        self.register_buffer("norm", dora_norm(base.weight), persistent=False)  # (out,)
-        self.magnitude = nn.Parameter(magnitude(base.weight.detach()))  # (out,)
+        self.base, self.dropout = base, nn.Dropout(config.dropout)
+        self.magnitude = nn.Parameter(geometry.magnitude(base.weight.detach()))  # (out,)
+        self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while merged
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return self.base(x)
-        y = (self.magnitude / self.norm) * F.linear(x, self.base.weight)  # (..., out)
-        return (y if self.base.bias is None else y + self.base.bias).to(x.dtype)
+        result = self.base(x)  # (..., out)
+        if self.unmerged_weight is not None:
+            return result
+        gain = self.magnitude / dora_norm(self.base.weight)  # (out,)
+        dropped = self.dropout(x.to(self.magnitude.dtype))  # (..., in)
+        return (result + (gain - 1) * _base_product(self, result, dropped)).to(result.dtype)
 
     def effective_weight(self) -> Tensor:
-        """m·W0/‖W0‖ in float32, (out, in)."""
-        return (self.magnitude / self.norm)[:, None] * self.base.weight.float()
+        """W' = m · W0 / ‖W0‖, (out, in); while merged, what the base weight holds."""
+        if self.unmerged_weight is not None:
+            return self.base.weight.to(self.magnitude.dtype)
+        return (self.magnitude / dora_norm(self.base.weight))[:, None] * self.base.weight
 
 
-Adapter = LoRALinear | MagnitudeLinear
-_LAYER: dict[str, Callable] = {"lora": LoRALinear, "dora": DoRALinear, "dora-magnitude": MagnitudeLinear}
+Adapter = LoRALinear | DoRALinear | MagnitudeLinear
 
 
 def attach(model: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> nn.Module:
     """Freeze `model` and put an adapter around every linear layer that `config` names; returns the model, changed.
 
-    The output stays the same until the first step. Method `full` makes every parameter trainable instead. The same
-    `generator` seed gives the same adapters. Raises ValueError, naming the module: a target that is not there or not a
-    linear layer, a rank above min(in, out), a model that has adapters already. Then nothing is changed.
+    The output is the base model's until the first step. Method `full` makes every parameter trainable instead. A CPU
+    `generator` with the same seed gives the same adapters on every device. Raises ValueError, naming the module, and
+    changes nothing: see `find_targets`; a model that is adapted already.
     """
     if getattr(model, "adapter_config", None) is not None:
         raise ValueError(f"this model is adapted already ({model.adapter_config.method}): load the base model anew")
-    if config.method == "full":
-        model.requires_grad_(True)
-        model.adapter_config = config
-        return model
-    names = [name for name, _ in model.named_modules()]
-    for target in config.target_modules:
-        if not any(_matches(name, target) for name in names):
-            linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-            raise ValueError(f"target module {target!r} is not in the model: its linear layers are {', '.join(linear)}")
-    found = {
-        name: module for name, module in model.named_modules() if any(_matches(name, t) for t in config.target_modules)
-    }
-    for name, module in found.items():
-        if not isinstance(module, nn.Linear):
-            raise ValueError(f"target module {name} is a {type(module).__name__}: only nn.Linear can be adapted")
-        if config.rank is not None and config.rank > min(module.weight.shape):
-            out_features, in_features = module.weight.shape
-            raise ValueError(
-                f"rank {config.rank} is larger than module {name} ({out_features} x {in_features}) allows: "
-                f"choose a rank of at most {min(module.weight.shape)}"
-            )
-    model.requires_grad_(False)
-    for name, module in found.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _LAYER[config.method](module, config, generator))
+    targets = find_targets(model, config)
+    model.requires_grad_(config.method == "full")
+    layer = {"lora": LoRALinear, "dora": DoRALinear, "dora-magnitude": MagnitudeLinear}.get(config.method)
+    for name, linear in targets.items():
+        model.set_submodule(name, layer(linear, config, generator).train(linear.training))
     model.adapter_config = config
     return model
 
 
+def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Linear]:
+    """The linear layers that `config` names, by their names in `model`; none for method `full`.
+
+    Raises ValueError for a target that is not in the model, a module that is no linear layer, and a rank above
+    min(in, out).
+    """
+    if config.method == "full":
+        return {}
+    found = {}
+    for target in config.target_modules:
+        matches = {name: m for name, m in model.named_modules() if name == target or name.endswith("." + target)}
+        if not matches:
+            linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise ValueError(f"target module {target!r} is not in the model: its linear layers are {', '.join(linear)}")
+        found |= matches
+    for name, module in found.items():
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"target module {name} is a {type(module).__name__}: only linear layers can be adapted")
+        largest = min(module.in_features, module.out_features)
+        if config.rank is not None and config.rank > largest:
+            raise ValueError(
+                f"rank {config.rank} is too large for module {name} ({module.in_features} -> {module.out_features}): "
+                f"choose a rank of at most {largest}"
+            )
+    return {name: module for name, module in model.named_modules() if name in found}  # in the model's own order
+
+
 def adapted_modules(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters in a model by the name of the layer they wrap."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear | MagnitudeLinear)}
+    """The adapters in `model`, by the name of the linear layer each of them wraps."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters, each counted once. The paper's percentages are trainable / all."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
+    """(trainable, total) numbers of parameters, shared ones counted once. The paper's "# Params (%)" is their ratio."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Write each adapter's W' into its base weight, so that inference costs what the base model costs.
+    """Put each adapter's W' into its linear layer, so that a forward costs what the base model's costs.
 
-    The base weight is kept aside for `unmerge`. Raises ValueError if there is nothing to merge or it is merged already.
+    W0 is kept beside it for `unmerge`. Raises ValueError if the model has no adapters or they are merged already.
     """
-    for module in _in_state(model, merged=False).values():
-        module.kept_weight = module.base.weight.data.clone()
-        module.base.weight.data = module.effective_weight().to(module.base.weight.dtype)
-        module.merged = True
+    for module in _adapters_in_state(model, merged=False).values():
+        effective_weight = module.effective_weight().to(module.base.weight.dtype)  # (out, in)
+        module.unmerged_weight = module.base.weight.data
+        module.base.weight.data = effective_weight
     return model
 
 
-@torch.no_grad()
 def unmerge(model: nn.Module) -> nn.Module:
-    """Take `merge` back; the base weights are bit for bit what they were. Raises ValueError if nothing is merged."""
-    for module in _in_state(model, merged=True).values():
-        module.base.weight.data = module.kept_weight
-        del module.kept_weight
-        module.merged = False
+    """Take `merge` back: base weights are bit for bit what they were. Raises ValueError if nothing is merged."""
+    for module in _adapters_in_state(model, merged=True).values():
+        module.base.weight.data = module.unmerged_weight
+        module.unmerged_weight = None
     return model
 
 
-def _in_state(model: nn.Module, merged: bool) -> dict[str, Adapter]:
+def _low_rank_pair(weight: Tensor, rank: int, generator: torch.Generator | None) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (rank, in) Kaiming-uniform with a=√5, drawn on the CPU, and B (out, rank) zeros, as LoRA starts."""
+    out_features, in_features = weight.shape
+    options = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+    start = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5), generator=generator)
+    return nn.Parameter(start.to(**options)), nn.Parameter(torch.zeros(out_features, rank, **options))
+
+
+def _base_product(module: DoRALinear | MagnitudeLinear, result: Tensor, dropped: Tensor) -> Tensor:
+    """x̃·W0ᵀ, (..., out): a second product where dropout made x̃ differ from x, else `result` without its bias."""
+    if module.training and module.dropout.p > 0:
+        return F.linear(dropped, module.base.weight.to(dropped.dtype))
+    return result if module.base.bias is None else result - module.base.bias
+
+
+def _adapters_in_state(model: nn.Module, merged: bool) -> dict[str, Adapter]:
     modules = adapted_modules(model)
     if not modules:
         raise ValueError("the model has no adapters: attach them first")
-    if any(module.merged != merged for module in modules.values()):
+    if any((module.unmerged_weight is not None) != merged for module in modules.values()):
         raise ValueError("the adapters are not merged" if merged else "the adapters are merged already: unmerge first")
     return modules
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
