@@ -99,11 +99,12 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.scaling, self.dropout = base, config.scaling, nn.Dropout(config.dropout)
         self.lora_A, self.lora_B = _low_rank_pair(base.weight, config.rank, generator)
+        self.merged = False
         self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while merged
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base(x)  # (..., out)
-        if self.unmerged_weight is not None:
+        if self.merged:
             return result
         dropped = self.dropout(x.to(self.lora_A.dtype))  # (..., in)
         update = self.scaling * F.linear(F.linear(dropped, self.lora_A), self.lora_B)  # (..., rank) -> (..., out)
@@ -111,7 +112,7 @@ class LoRALinear(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """W' = W0 + s·B·A, (out, in); while merged, what the base weight holds."""
-        if self.unmerged_weight is not None:
+        if self.merged:
             return self.base.weight.to(self.lora_A.dtype)
         return lora_weight(self.base.weight, self.lora_A, self.lora_B, self.scaling)
 
@@ -129,11 +130,12 @@ class DoRALinear(nn.Module):
         self.base, self.scaling, self.dropout = base, config.scaling, nn.Dropout(config.dropout)
         self.lora_A, self.lora_B = _low_rank_pair(base.weight, config.rank, generator)
         self.magnitude = nn.Parameter(geometry.magnitude(base.weight.detach()))  # (out,)
+        self.merged = False
         self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while merged
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base(x)  # (..., out)
-        if self.unmerged_weight is not None:
+        if self.merged:
             return result
         with torch.no_grad():
             norm = dora_norm(lora_weight(self.base.weight, self.lora_A, self.lora_B, self.scaling))  # (out,)
@@ -144,7 +146,7 @@ class DoRALinear(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """W' of Eq. 5, (out, in), its row norms |m|; while merged, what the base weight holds."""
-        if self.unmerged_weight is not None:
+        if self.merged:
             return self.base.weight.to(self.lora_A.dtype)
         return dora_weight(self.base.weight, self.magnitude, self.lora_A, self.lora_B, self.scaling)
 
@@ -156,11 +158,12 @@ class MagnitudeLinear(nn.Module):
         super().__init__()
         self.base, self.dropout = base, nn.Dropout(config.dropout)
         self.magnitude = nn.Parameter(geometry.magnitude(base.weight.detach()))  # (out,)
+        self.merged = False
         self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while merged
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base(x)  # (..., out)
-        if self.unmerged_weight is not None:
+        if self.merged:
             return result
         gain = self.magnitude / dora_norm(self.base.weight)  # (out,)
         dropped = self.dropout(x.to(self.magnitude.dtype))  # (..., in)
@@ -168,7 +171,7 @@ class MagnitudeLinear(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """W' = m · W0 / ‖W0‖, (out, in); while merged, what the base weight holds."""
-        if self.unmerged_weight is not None:
+        if self.merged:
             return self.base.weight.to(self.magnitude.dtype)
         return (self.magnitude / dora_norm(self.base.weight))[:, None] * self.base.weight
 
@@ -241,6 +244,7 @@ def merge(model: nn.Module) -> nn.Module:
         effective_weight = module.effective_weight().to(module.base.weight.dtype)  # (out, in)
         module.unmerged_weight = module.base.weight.data
         module.base.weight.data = effective_weight
+        module.merged = True
     return model
 
 
@@ -249,6 +253,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     for module in _adapters_in_state(model, merged=True).values():
         module.base.weight.data = module.unmerged_weight
         module.unmerged_weight = None
+        module.merged = False
     return model
 
 
@@ -271,6 +276,6 @@ def _adapters_in_state(model: nn.Module, merged: bool) -> dict[str, Adapter]:
     modules = adapted_modules(model)
     if not modules:
         raise ValueError("the model has no adapters: attach them first")
-    if any((module.unmerged_weight is not None) != merged for module in modules.values()):
+    if any(module.merged != merged for module in modules.values()):
         raise ValueError("the adapters are not merged" if merged else "the adapters are merged already: unmerge first")
     return modules

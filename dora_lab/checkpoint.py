@@ -1,135 +1,219 @@
 """Adapters to and from PEFT's files: `adapter_model.safetensors` and `adapter_config.json`.
 
-Keys are `base_model.model.<path>.lora_A.weight` (rank, in), `.lora_B.weight` (out, rank) and, for DoRA,
-`.lora_magnitude_vector` (out,). Magnitude-only adapters are written as DoRA of rank 1 with B = 0, which is the same
-function; the file's metadata says what they were.
+A linear layer at <path> has the keys `base_model.model.<path>.lora_A.weight` (rank, in), `.lora_B.weight` (out, rank)
+and, for DoRA, `.lora_magnitude_vector` (out,). PEFT reads what is written here and gives the same output, and the other
+way round. `dora-magnitude` has no name in PEFT: it is written as DoRA of rank 1 with A = B = 0, and the metadata of the
+safetensors file says what it is, so that it is read back as `dora-magnitude` here.
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from dora_lab.adapters import AdapterConfig, LoRALinear, adapted_modules, attach
+from dora_lab.adapters import Adapter, AdapterConfig, adapted_modules, attach, find_targets
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
-# What PEFT can say in its configuration that would change the function and is not read here.
-_PLAIN = {
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "use_rslora": (False, None),
-    "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "fan_in_fan_out": (False, None),
-    "layers_to_transform": (None, []),
-}
+METHOD_KEY = "dora_lab.method"
+
+# Settings of PEFT's LoraConfig that do not change what a loaded adapter computes, and those that are read here.
+# Any other setting that is switched on is refused.
+_WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "task_type",
+}  # fmt: skip
+_READ = {"bias", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "target_modules", "use_dora"}
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapters of `model` for PEFT and for `load_adapter`; each file is whole or not there.
+def save_adapter(model: nn.Module, folder: Path | str) -> None:
+    """Write the adapters of `model` to `folder`, which is made where it is missing; an adapter there is replaced.
 
-    Raises ValueError if the model has no adapters or they are merged.
+    Killed at any moment, it leaves the old adapter, the new one, or no config file (which `load_adapter` reports);
+    never a mixture. Raises ValueError if the model has no adapters, OSError naming the folder if it cannot be written.
     """
     modules = adapted_modules(model)
     if not modules:
-        raise ValueError("the model has no adapters to save: attach them first (a fully trained model is saved whole)")
-    if any(module.merged for module in modules.values()):
-        raise ValueError("the adapters are merged: unmerge the model before saving them")
-    config: AdapterConfig = model.adapter_config
-    tensors: dict[str, Tensor] = {}
-    for name, module in modules.items():
-        low_rank = isinstance(module, LoRALinear)
-        out_features, in_features = module.base.weight.shape
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A if low_rank else torch.zeros(1, in_features)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B if low_rank else torch.zeros(out_features, 1)
-        if hasattr(module, "magnitude"):
-            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = module.magnitude
-    written = {
+        raise ValueError("the model has no adapters to save: attach them first, or save a full model as it is")
+    tensors = {
+        PREFIX + name + suffix: value.detach().cpu().contiguous()
+        for name, module in modules.items()
+        for suffix, value in _tensors(module).items()
+    }
+    contents = {
+        WEIGHTS_FILE: save(tensors, {"format": "pt", METHOD_KEY: model.adapter_config.method}),
+        CONFIG_FILE: (json.dumps(_peft_config(model), indent=2, sort_keys=True) + "\n").encode(),
+    }
+    _write_together(Path(folder), contents)
+
+
+def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
+    """Read the adapter in `folder` into `model` and return it; adapters are attached first if the model has none.
+
+    The files may be PEFT's or `save_adapter`'s. The model stays as it was if anything is wrong. Raises
+    FileNotFoundError for a missing file, and ValueError for: a file that is damaged, a config of another kind of
+    adapter or with settings that are not offered here, missing or unexpected keys, wrong shapes, a method, rank or
+    alpha other than the attached one's, a merged model.
+    """
+    folder = Path(folder)
+    tensors, metadata = _read_weights(folder)
+    config = _read_config(folder, metadata.get(METHOD_KEY))
+    attached = getattr(model, "adapter_config", None)
+    if attached is None:
+        linears = find_targets(model, config)
+    else:
+        _check_same_adapter(attached, config, folder)
+        modules = adapted_modules(model)
+        if any(module.merged for module in modules.values()):
+            raise ValueError("the model's adapters are merged: unmerge before loading others")
+        linears = {name: module.base for name, module in modules.items()}
+    _check_tensors(tensors, linears, config, folder / WEIGHTS_FILE)
+    if attached is None:
+        attach(model, config)
+    with torch.no_grad():
+        for name, module in adapted_modules(model).items():
+            for suffix, value in _tensors(module).items():
+                value.copy_(tensors[PREFIX + name + suffix])
+    return model
+
+
+def _tensors(module: Adapter) -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's names; rank-1 zeros stand in where m is all there is."""
+    if not hasattr(module, "lora_A"):
+        return {
+            ".lora_A.weight": module.magnitude.new_zeros(1, module.base.in_features),
+            ".lora_B.weight": module.magnitude.new_zeros(module.base.out_features, 1),
+            ".lora_magnitude_vector": module.magnitude,
+        }
+    pair = {".lora_A.weight": module.lora_A, ".lora_B.weight": module.lora_B}
+    return pair | ({".lora_magnitude_vector": module.magnitude} if hasattr(module, "magnitude") else {})
+
+
+def _shapes(linear: nn.Linear, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of `_tensors` for an adapter around `linear`."""
+    rank = config.rank or 1
+    pair = {".lora_A.weight": (rank, linear.in_features), ".lora_B.weight": (linear.out_features, rank)}
+    return pair | ({".lora_magnitude_vector": (linear.out_features,)} if config.method != "lora" else {})
+
+
+def _peft_config(model: nn.Module) -> dict:
+    config = model.adapter_config
+    return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
         "r": config.rank or 1,
         "lora_alpha": config.alpha or 1,
         "lora_dropout": config.dropout,
         "use_dora": config.method != "lora",
-        "target_modules": list(config.target_modules),
+        "target_modules": sorted(config.target_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "inference_mode": True,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(whole, folder / (WEIGHTS + ".partial"), metadata={"format": "pt", "method": config.method})
-    (folder / (CONFIG + ".partial")).write_text(json.dumps(written, indent=2) + "\n")
-    for name in (WEIGHTS, CONFIG):
-        (folder / (name + ".partial")).replace(folder / name)
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Read an adapter that PEFT or `save_adapter` wrote; attaches it, or fills adapters of the same kind.
-
-    Raises FileNotFoundError (a file is missing) or ValueError (damaged file, another kind of adapter, other keys or
-    shapes than the model's adapters have). Nothing is filled in unless everything fits.
-    """
-    folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: give the folder that save_adapter or PEFT wrote")
+def _read_config(folder: Path, method: str | None) -> AdapterConfig:
+    """PEFT's config as ours. `method` is what the weights' metadata says, None for a file that PEFT wrote."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: give a folder with {WEIGHTS_FILE} and {CONFIG_FILE}")
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            method = (file.metadata() or {}).get("method")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise ValueError(f"{path} is not valid JSON ({error}): save the adapter again") from error
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != "LORA":
+        raise ValueError(f"{path} has peft_type {kind!r}: only 'LORA', with or without use_dora, can be loaded")
+    refused = sorted(key for key in settings.keys() - _WITHOUT_EFFECT - _READ if settings[key])
+    if settings.get("bias", "none") != "none":
+        refused.append("bias")
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):  # others, as PiSSA, change W0 itself
+        refused.append("init_lora_weights")
+    if refused:
+        wrong = ", ".join(f"{key}={settings[key]!r}" for key in refused)
+        raise ValueError(f"{path} has settings that are not offered here: {wrong}; load it with PEFT instead")
+    if method is None:
+        method = "dora" if settings.get("use_dora") else "lora"
+    low_rank = {} if method == "dora-magnitude" else {"rank": settings.get("r"), "alpha": settings.get("lora_alpha")}
+    try:
+        dropout, targets = settings.get("lora_dropout", 0.0), settings.get("target_modules")
+        return AdapterConfig(method, dropout=dropout, target_modules=targets, **low_rank)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickled = " (adapter_model.bin is a pickle and is not read)" if (folder / "adapter_model.bin").exists() else ""
+        raise FileNotFoundError(f"{path} is missing{pickled}: give a folder with {WEIGHTS_FILE} and {CONFIG_FILE}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): restore the file") from error
-    config = _read_config(folder / CONFIG, method)
-    if getattr(model, "adapter_config", None) is None:
-        attach(model, config)
-    elif model.adapter_config.method != config.method:
-        raise ValueError(f"the model has {model.adapter_config.method} adapters, {folder} holds {config.method}")
-    expected: dict[str, Tensor] = {}
-    for name, module in adapted_modules(model).items():
-        if isinstance(module, LoRALinear):
-            expected[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
-            expected[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
-        if hasattr(module, "magnitude"):
-            expected[f"{PREFIX}{name}.lora_magnitude_vector"] = module.magnitude
-    if config.method == "dora-magnitude":
-        tensors = {key: value for key, value in tensors.items() if key.endswith("lora_magnitude_vector")}
-    if odd := sorted(expected.keys() ^ tensors.keys()):
-        where = "missing from the file" if odd[0] in expected else "not in the model"
-        raise ValueError(f"{folder / WEIGHTS} does not fit the model: {len(odd)} keys differ, {odd[0]} is {where}")
-    for key, parameter in expected.items():
-        if tensors[key].shape != parameter.shape:
-            shapes = f"{tuple(tensors[key].shape)} in the file, {tuple(parameter.shape)} in the model"
-            raise ValueError(f"{folder / WEIGHTS} does not fit the model: {key} is {shapes}")
-    with torch.no_grad():
-        for key, parameter in expected.items():
-            parameter.copy_(tensors[key])
-    return model
+        raise ValueError(f"{path} is damaged or cut short ({error}): save or copy the adapter again") from error
 
 
-def _read_config(path: Path, method: str | None) -> AdapterConfig:
+def _check_same_adapter(attached: AdapterConfig, config: AdapterConfig, folder: Path) -> None:
+    for setting in ("method", "rank", "alpha"):
+        ours, theirs = getattr(attached, setting), getattr(config, setting)
+        if ours != theirs:
+            raise ValueError(
+                f"the adapter in {folder} has {setting} {theirs!r} but the model's has {ours!r}: "
+                "load it into the base model, or attach the same configuration"
+            )
+
+
+def _check_tensors(
+    tensors: dict[str, Tensor], linears: dict[str, nn.Linear], config: AdapterConfig, path: Path
+) -> None:
+    expected = {
+        PREFIX + name + suffix: shape
+        for name, linear in linears.items()
+        for suffix, shape in _shapes(linear, config).items()
+    }
+    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    for what, keys in (("lacks expected", missing), ("has unexpected", unexpected)):
+        if keys:
+            raise ValueError(
+                f"{path} {what} keys, {len(keys)} of them, such as {min(keys)}: "
+                "it belongs to another model or to other target modules"
+            )
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            raise ValueError(
+                f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected {shape}: "
+                "it belongs to another model or to another rank"
+            )
+
+
+def _write_together(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write all files or none. The last one is taken away first and put back last: its presence marks the rest whole."""
+    partial = {folder / name: folder / f".{name}.partial" for name in contents}
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore the file") from error
-    if read.get("peft_type") != "LORA":
-        raise ValueError(f"{path} is of peft_type {read.get('peft_type')!r}: only LORA (with or without DoRA) is read")
-    for key, (plain, other) in _PLAIN.items():
-        if read.get(key, plain) not in (plain, other):
-            raise ValueError(f"{path}: {key} = {read[key]!r} is not supported")
-    targets = read["target_modules"]
-    if isinstance(targets, str):
-        raise ValueError(f"{path}: target_modules is the pattern {targets!r}: list the module names instead")
-    if method == "dora-magnitude":
-        return AdapterConfig(method, target_modules=tuple(targets))
-    kind = "dora" if read.get("use_dora") else "lora"
-    return AdapterConfig(kind, read["r"], read["lora_alpha"], read.get("lora_dropout", 0.0), tuple(sorted(targets)))
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, temporary in partial.items():
+            with open(temporary, "wb") as file:
+                file.write(contents[path.name])
+                file.flush()
+                os.fsync(file.fileno())
+        path.unlink(missing_ok=True)
+        for path, temporary in partial.items():
+            os.replace(temporary, path)
+    except OSError as error:
+        if folder.is_dir():
+            for temporary in partial.values():
+                temporary.unlink(missing_ok=True)
+        advice = "free space on the disk or choose another folder"
+        raise OSError(
+            error.errno, f"the adapter could not be written ({error.strerror}): {advice}", str(folder)
+        ) from error
