@@ -5,8 +5,9 @@ import json
 import random
 from pathlib import Path
 
+from dora_lab import tasks
 from dora_lab.profiles import PROJECT
-from dora_lab.tasks import Example, get_task, parse_record
+from dora_lab.tasks import Example, parse_record
 
 SPLITS = ("train", "validation", "test")
 MINI_WORLD = PROJECT / "data" / "miniworld" / "tasks"
@@ -31,7 +32,7 @@ def load_examples(
     them, 300 unless told); they are then left out of the train split.
     Raises FileNotFoundError for a missing file, ValueError for a bad one, naming file and index.
     """
-    task = get_task(task_name)
+    task = tasks.task(task_name)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     folder = data_folder(source) / task.folder
@@ -55,7 +56,7 @@ def load_examples(
 
 def data_sha256(source: str, task_name: str) -> str:
     """One hash over the task's files, names and contents: part of a run's identity."""
-    folder = data_folder(source) / get_task(task_name).folder
+    folder = data_folder(source) / tasks.task(task_name).folder
     digest = hashlib.sha256()
     for split in SPLITS:
         path = folder / f"{split}.json"
@@ -73,7 +74,7 @@ def _read(path: Path, task_name: str, split: str) -> list[Example]:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch or restore the file") from error
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path}: expected a non-empty list of records, got {type(records).__name__}")
-    task = get_task(task_name)
+    task = tasks.task(task_name)
     return [
         parse_record(record, task, f"{path}, record {index}", f"{task_name}-{split}-{index}")
         for index, record in enumerate(records)

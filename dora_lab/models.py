@@ -1,12 +1,17 @@
 """A base model and its tokenizer: the embedded mini-world's, a local folder, or a hub id. Safetensors only."""
 
+from __future__ import annotations
+
+import functools
 import hashlib
 from pathlib import Path
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from dora_lab.profiles import PROJECT
+
+if TYPE_CHECKING:  # loaded when a model is, so that the command line starts quickly
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MINI_WORLD = PROJECT / "data" / "miniworld" / "base"
 
@@ -38,6 +43,11 @@ def load_base(base_model: str, dtype: str = "float32") -> tuple[PreTrainedModel,
     Raises FileNotFoundError (missing folder or file) or ValueError (not a causal language model, weights that cannot
     be read or do not fit their configuration, no tokenizer, a tokenizer with more tokens than the model).
     """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     folder = base_folder(base_model)
     name = str(folder or base_model)
     options = {"trust_remote_code": False, "local_files_only": folder is not None}
@@ -45,7 +55,7 @@ def load_base(base_model: str, dtype: str = "float32") -> tuple[PreTrainedModel,
         config = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"base model {name}: its configuration cannot be read ({_first_line(error)})") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"base model {name} is a {config.model_type!r} model, which cannot generate text: "
             "give a causal language model such as a Llama"
@@ -74,16 +84,33 @@ def load_base(base_model: str, dtype: str = "float32") -> tuple[PreTrainedModel,
     return model, tokenizer
 
 
+def answer_logits(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Logits for the token after each `input_ids[rows[i], columns[i]]`: (positions, vocabulary), float32.
+
+    input_ids: (batch, longest), padded on the right. There is no mask: under causal attention no token sees what
+    follows it. Only the columns that matter go through the output layer, which is most of the work of a small model.
+    """
+    import torch
+
+    kept = columns.unique()  # (kept,) sorted
+    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=kept).logits  # (batch, kept, vocabulary)
+    return logits[rows, torch.searchsorted(kept, columns)].float()  # (positions, vocabulary)
+
+
 def base_sha256(base_model: str) -> str:
     """One hash over configuration, weights and tokenizer of a local base; for a hub id, of the id itself."""
     folder = base_folder(base_model)
     digest = hashlib.sha256(b"" if folder else base_model.encode())
     for path in sorted(folder.iterdir()) if folder else ():
         if path.suffix in (".json", ".safetensors", ".model"):
-            digest.update(path.name.encode() + b"\0")
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(path.name.encode() + b"\0" + _file_sha256(path, path.stat().st_mtime_ns))
     return digest.hexdigest()
+
+
+@functools.lru_cache
+def _file_sha256(path: Path, changed_ns: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 The files are `data/profiles/<name>.yaml`; a path to another YAML file works as well.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,11 +11,14 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from dora_lab import tasks as known_tasks
+
 PROJECT = Path(__file__).resolve().parents[1]
 FOLDER = PROJECT / "data" / "profiles"
 
 Method = Literal["full", "lora", "dora", "dora-magnitude"]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, strict=True)]  # strict: no true, no 1.0
+Natural = Annotated[int, Field(ge=0, strict=True)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -22,7 +26,8 @@ Rate = Annotated[float, Field(gt=0, lt=1)]
 class Profile:
     """Everything that a grid of runs has in common; `steps` and `learning_rate` are given per task.
 
-    `alpha = scaling * rank`. `data` and `base_model` are "mini-world" or a folder; `base_model` may be a hub id.
+    `alpha = scaling * rank`. `data` and `base_model` are "mini-world" or a folder (relative ones start at the profile's
+    own file; write `./name` for a base model, which may be a hub id as well).
     `prompt`: "alpaca" is LLM-Adapters' full preamble, "alpaca-short" keeps its two headings only.
     """
 
@@ -32,7 +37,7 @@ class Profile:
     data: str
     tasks: list[str]
     methods: list[Method]
-    seeds: list[int]
+    seeds: list[Natural]
     rank: Positive
     scaling: Annotated[float, Field(gt=0)]
     target_modules: list[str]
@@ -41,10 +46,10 @@ class Profile:
     cutoff_tokens: Positive
     steps: dict[str, Positive]
     batch_size: Positive
-    warmup_steps: Annotated[int, Field(ge=0)]
+    warmup_steps: Natural
     learning_rate: dict[Method, dict[str, Rate]]
     learning_rate_grid: list[Rate]
-    sweep_seeds: list[int]
+    sweep_seeds: list[Natural]
     evaluation_batch_size: Positive
     gradient_accumulation: Positive = 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -59,8 +64,10 @@ class Profile:
     threads: Positive = 1
 
     @model_validator(mode="after")
-    def _steps_for_every_task(self):
-        missing = [task for task in self.tasks if task not in self.steps]
+    def _tasks_are_known(self):
+        for name in (*self.tasks, *self.steps):
+            known_tasks.task(name)
+        missing = [name for name in self.tasks if name not in self.steps]
         if missing:
             raise ValueError(f"steps has no entry for the task(s) {', '.join(missing)}")
         return self
@@ -87,9 +94,17 @@ def load_profile(name_or_path: str | Path) -> Profile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}; correct the file") from error
     try:
-        return TypeAdapter(Profile).validate_python(values)
+        profile = TypeAdapter(Profile).validate_python(values)
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error)}; correct the file") from error
+    base = _beside(path, profile.base_model) if profile.base_model.startswith((".", "~")) else profile.base_model
+    data = profile.data if profile.data == "mini-world" else _beside(path, profile.data)
+    return replace(profile, base_model=base, data=data)
+
+
+def _beside(profile_path: Path, folder: str) -> str:
+    """A folder as a profile names it, relative to the profile's own file."""
+    return str((profile_path.resolve().parent / Path(folder).expanduser()).resolve())
 
 
 def explain(error: ValidationError) -> str:

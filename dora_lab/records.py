@@ -16,16 +16,18 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from dora_lab import tasks
 from dora_lab.data import data_sha256
 from dora_lab.models import base_sha256
-from dora_lab.profiles import PROJECT, Method, Positive, Profile, Rate, explain, load_profile
-from dora_lab.tasks import get_task
+from dora_lab.profiles import PROJECT, Method, Natural, Positive, Profile, Rate, explain, load_profile
 
+METHODS = Method.__args__
+LOW_RANK = ("lora", "dora")
 _CONFIG = ConfigDict(extra="forbid")
 # The parameters of 07_fine_tune.ipynb and what each is read as; "" or None takes the profile's value.
 PARAMETERS = {
@@ -53,7 +55,7 @@ class RunSpec:
     method: Method
     rank: Positive | None
     alpha: float | None
-    seed: Annotated[int, Field(ge=0)]
+    seed: Natural
     learning_rate: Rate
     steps: Positive
     split: Literal["test", "validation"]
@@ -80,6 +82,57 @@ class RunSpec:
     geometry: bool
     threads: int
 
+    @classmethod
+    def from_profile(
+        cls,
+        profile: Profile,
+        task: str,
+        method: str,
+        rank: int | None = None,
+        seed: int = 0,
+        learning_rate: float | None = None,
+        steps: int | None = None,
+        split: str = "test",
+    ) -> "RunSpec":
+        """The run of `profile` for one task, method, rank and seed; None takes the profile's value.
+
+        Raises ValueError for an unknown task, method or split, or a value that is wrong or that the profile lacks;
+        FileNotFoundError if the base model or the data is not there.
+        """
+        tasks.task(task)
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+        if rank is not None and method not in LOW_RANK:
+            raise ValueError(f"method {method!r} has no rank: leave rank out, or choose {' or '.join(LOW_RANK)}")
+        if learning_rate is None and task not in profile.learning_rate.get(method, {}):
+            raise ValueError(
+                f"profile {profile.name!r} has no learning rate for {method} on {task}: add one, or give learning_rate"
+            )
+        if steps is None and task not in profile.steps:
+            raise ValueError(
+                f"profile {profile.name!r} has no steps for {task}: it has {', '.join(profile.steps)}; or give steps"
+            )
+        if method in LOW_RANK and rank is None:
+            rank = profile.rank
+        values = {f.name: getattr(profile, f.name) for f in dataclasses.fields(cls) if hasattr(profile, f.name)}
+        values |= {
+            "profile": profile.name,
+            "task": task,
+            "method": method,
+            "rank": rank,
+            "alpha": profile.scaling * rank if isinstance(rank, int) else None,
+            "seed": seed,
+            "learning_rate": profile.learning_rate[method][task] if learning_rate is None else learning_rate,
+            "steps": profile.steps[task] if steps is None else steps,
+            "split": split,
+            "base_sha256": base_sha256(profile.base_model),
+            "data_sha256": data_sha256(profile.data, task),
+        }
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise ValueError(f"{explain(error)}: correct it") from error
+
     @property
     def run_id(self) -> str:
         """`<task>-<method>[-r<rank>]-s<seed>-<ten hex digits>`."""
@@ -91,58 +144,7 @@ class RunSpec:
         return f"{self.task}-{self.method}{rank}-s{self.seed}-{digest}"
 
 
-def make_spec(
-    profile: Profile,
-    task: str,
-    method: str,
-    rank: int | None = None,
-    seed: int = 0,
-    learning_rate: float | None = None,
-    steps: int | None = None,
-    split: str = "test",
-) -> RunSpec:
-    """The run of `profile` for one task, method, rank and seed; None takes the profile's value.
-
-    Raises ValueError for an unknown task, method or split, or a value the profile does not have;
-    FileNotFoundError if the base model or the data is not there.
-    """
-    get_task(task)
-    methods = Method.__args__
-    if method not in methods:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(methods)}")
-    if task not in profile.steps and steps is None:
-        raise ValueError(f"profile {profile.name!r} has no steps for task {task!r}: it has {', '.join(profile.steps)}")
-    if learning_rate is None:
-        learning_rate = profile.learning_rate.get(method, {}).get(task)
-        if learning_rate is None:
-            raise ValueError(
-                f"profile {profile.name!r} has no learning rate for {method} on {task}: add one, or give learning_rate"
-            )
-    low_rank = method in ("lora", "dora")
-    if rank is not None and not low_rank:
-        raise ValueError(f"method {method!r} has no rank: leave rank out, or choose lora or dora")
-    rank = (profile.rank if rank is None else rank) if low_rank else None
-    shared = {f.name: getattr(profile, f.name) for f in dataclasses.fields(RunSpec) if hasattr(profile, f.name)}
-    shared |= {
-        "profile": profile.name,
-        "task": task,
-        "method": method,
-        "rank": rank,
-        "alpha": profile.scaling * rank if rank is not None else None,
-        "seed": seed,
-        "learning_rate": learning_rate,
-        "steps": profile.steps.get(task) if steps is None else steps,
-        "split": split,
-        "base_sha256": base_sha256(profile.base_model),
-        "data_sha256": data_sha256(profile.data, task),
-    }
-    try:
-        return TypeAdapter(RunSpec).validate_python(shared)
-    except ValidationError as error:
-        raise ValueError(explain(error)) from error
-
-
-def spec_from_parameters(namespace: dict[str, Any]) -> tuple[RunSpec, Path]:
+def spec_from_notebook(namespace: dict[str, Any]) -> tuple[RunSpec, Path]:
     """(spec, runs folder) from a notebook's variables right after its parameters cells.
 
     Papermill only warns of a parameter that the notebook does not have; here every public name that is not a parameter
@@ -169,7 +171,7 @@ def spec_from_parameters(namespace: dict[str, Any]) -> tuple[RunSpec, Path]:
         if name not in values:
             raise ValueError(f"parameter {name!r} is missing: give all of profile, task and method")
     runs_dir = Path(values.pop("runs_dir", PROJECT / "runs"))
-    return make_spec(load_profile(values.pop("profile")), **values), runs_dir
+    return RunSpec.from_profile(load_profile(values.pop("profile")), **values), runs_dir
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -189,6 +191,7 @@ class RunResult:
     evaluation_time_s: float
     peak_memory_bytes: int
     resumed: bool
+    shortened_prompts: int = 0  # training prompts that lost their beginning to cutoff_tokens
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -254,8 +257,13 @@ def read_lines(path: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is broken: delete the folder {path.parent} and run again") from error
+            raise ValueError(f"{path}, line {number} is damaged: delete {path.parent} and run again") from error
     return rows
+
+
+def read_predictions(folder: Path) -> list[dict]:
+    """The run's answers: id, gold, prediction, log_likelihoods {candidate: log p}, parsed."""
+    return read_lines(Path(folder) / "predictions.jsonl")
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
@@ -300,9 +308,7 @@ def write_failure(folder: Path, spec: RunSpec, error: str) -> None:
 def read_failures(profile_folder: Path) -> list[dict]:
     """Failed and not since finished runs: task, method, rank, seed, error, folder."""
     paths = sorted(Path(profile_folder).glob("*/failure.json"))
-    return [
-        json.loads(path.read_text()) | {"folder": str(path.parent)} for path in paths if not is_done(path.parent)
-    ]
+    return [json.loads(path.read_text()) | {"folder": str(path.parent)} for path in paths if not is_done(path.parent)]
 
 
 def environment(threads: int) -> dict[str, Any]:

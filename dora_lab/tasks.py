@@ -39,8 +39,8 @@ def _numbered(word: str, count: int) -> tuple[str, ...]:
 
 
 TASKS = {
-    task.name: task
-    for task in (
+    entry.name: entry
+    for entry in (
         Task("boolq", "boolq", ("true", "false"), "BoolQ"),
         Task("piqa", "piqa", _numbered("solution", 2), "PIQA"),
         Task("social_i_qa", "social_i_qa", _numbered("answer", 3), "SIQA"),
@@ -63,7 +63,7 @@ class Example:
     candidates: tuple[str, ...]
 
 
-def get_task(name: str) -> Task:
+def task(name: str) -> Task:
     """The task of that name. Raises ValueError naming the known ones."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
