@@ -105,7 +105,8 @@ def paired_difference(
                 )
     difference = np.array([[float(first[s][i]) - float(second[s][i]) for i in items] for s in seeds])  # (seeds, items)
     k, n = difference.shape
-    spread = math.sqrt(k / (k - 1)) * stats.t.ppf((1 + level) / 2, k - 1) / stats.norm.ppf((1 + level) / 2) if k > 1 else 0
+    upper = (1 + level) / 2
+    spread = math.sqrt(k / (k - 1)) * stats.t.ppf(upper, k - 1) / stats.norm.ppf(upper) if k > 1 else 0.0
     generator = np.random.default_rng(bootstrap_seed)
     draws = []
     for size in _chunks(resamples, max(1, 2_000_000 // n)):
@@ -113,7 +114,7 @@ def paired_difference(
         of_seeds = generator.multinomial(k, np.full(k, 1 / k), size=size) / k  # (size, seeds)
         of_seeds = 1 / k + spread * (of_seeds - 1 / k)  # (size, seeds); still sums to 1
         draws.append(((of_items @ difference.T) * of_seeds).sum(axis=1))  # (size,)
-    low, high = np.quantile(np.concatenate(draws), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(np.concatenate(draws), [1 - upper, upper])
     return Interval(float(difference.mean()), float(low), float(high), level, seeds=k, items=n)
 
 
