@@ -19,8 +19,12 @@ def boolq(world: World, split: str, rng: random.Random) -> tuple[str, str]:
     holds = rng.random() < 0.5
     said = value if holds else OPPOSITE[value]
     word = SYNONYM[said] if rng.random() < SYNONYM_SHARE else said
-    question = rng.choice((f"is the {thing} {word}", f"would you call the {thing} {word}", f"can we say the {thing} is {word}"))
-    instruction = f"Please answer the following question with true or false, question: {question}?\n\nAnswer format: true/false"
+    question = rng.choice(
+        (f"is the {thing} {word}", f"would you call the {thing} {word}", f"can we say the {thing} is {word}")
+    )
+    instruction = (
+        f"Please answer the following question with true or false, question: {question}?\n\nAnswer format: true/false"
+    )
     return instruction, "true" if holds else "false"
 
 

@@ -23,7 +23,16 @@ SYNONYM = {value[0]: value[1] for pair in PROPERTIES.values() for value in pair}
 COMPARATIVE = {value[0]: value[2] for pair in PROPERTIES.values() for value in pair}
 OPPOSITE = {a[0]: b[0] for pair in PROPERTIES.values() for a, b in (pair, pair[::-1])}
 
-PRONOUN = {"gina": "she", "hugo": "he", "ida": "she", "jack": "he", "kira": "she", "leo": "he", "mona": "she", "nils": "he"}
+PRONOUN = {
+    "gina": "she",
+    "hugo": "he",
+    "ida": "she",
+    "jack": "he",
+    "kira": "she",
+    "leo": "he",
+    "mona": "she",
+    "nils": "he",
+}
 PEOPLE = tuple(PRONOUN)
 VERBS = tuple(
     "opens closes takes drops washes cuts paints lifts turns pulls pushes fills empties holds ties wipes moves checks "

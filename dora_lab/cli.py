@@ -1,0 +1,93 @@
+"""`dora-lab`: the grid of runs, the record of results, and the mini-world's pretraining."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+ProfileOption = Annotated[str, typer.Option(help="Name of a profile, or path of a .yaml file.")]
+RunsOption = Annotated[Path, typer.Option(help="Where runs are kept.")]
+
+
+def _fail(error: Exception) -> None:
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(2)
+
+
+@app.command()
+def profiles() -> None:
+    """List the profiles."""
+    from dora_lab.profiles import known_profiles, load_profile
+
+    for name in known_profiles():
+        typer.echo(f"{name:12} {load_profile(name).summary}")
+
+
+@app.command()
+def reproduce(
+    profile: ProfileOption = "mini",
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds: 0, 1, …")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
+    runs_dir: RunsOption = Path("runs"),
+) -> None:
+    """Do the grid of runs and write the results table and figure to RUNS_DIR/PROFILE/figures. Resumes."""
+    from dora_lab import pipeline
+    from dora_lab.profiles import load_profile
+
+    try:
+        loaded = load_profile(profile)
+        pipeline.preflight(runs_dir)
+        specs = pipeline.grid(loaded, None if seeds is None else list(range(seeds)), method)
+        summary = pipeline.run_grid(profile, specs, runs_dir.resolve(), jobs, typer.echo)
+        figures = runs_dir.resolve() / loaded.name / "figures"
+        for chapter in pipeline.RESULT_CHAPTERS:
+            pipeline.run_chapter(
+                chapter,
+                runs_dir.resolve() / loaded.name / f"{chapter}.ipynb",
+                profile=profile,
+                runs_dir=str(runs_dir.resolve()),
+                figures_dir=str(figures),
+            )
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: finished runs are kept; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((figures / "results.md").read_text())
+    typer.echo(f"table and figure: {figures}")
+    if summary.failed:
+        typer.echo(f"{len(summary.failed)} of {summary.total} runs failed:", err=True)
+        for run_id, error in summary.failed.items():
+            typer.echo(f"  {run_id}: {error}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def record(profile: ProfileOption = "mini", runs_dir: RunsOption = Path("runs")) -> None:
+    """Copy finished runs, without adapters, to data/results/PROFILE."""
+    from dora_lab import pipeline
+    from dora_lab.profiles import load_profile
+
+    try:
+        count = pipeline.record_results(load_profile(profile), runs_dir)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(f"{count} runs recorded in {pipeline.RECORDED / profile}")
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Argument(help="Folder for tasks/, base/ and pretraining.json.")],
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    compile: Annotated[bool, typer.Option(help="Use torch.compile: faster, needs a C++ compiler.")] = False,
+) -> None:
+    """Make the mini-world's task files, tokenizer and base model again from the one fixed schedule. Resumes."""
+    from dora_lab.miniworld.pretraining import pretrain as run
+
+    try:
+        run(out, threads=threads, compile=compile)
+    except (ValueError, OSError) as error:
+        _fail(error)
