@@ -197,7 +197,7 @@ def _check_tensors(
 
 
 def _write_together(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write all files or none. The last one is taken away first and put back last: its presence marks the rest whole."""
+    """Write all files or none. The last is taken away first and put back last: with it there, all are whole."""
     partial = {folder / name: folder / f".{name}.partial" for name in contents}
     try:
         folder.mkdir(parents=True, exist_ok=True)
