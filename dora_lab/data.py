@@ -1,16 +1,24 @@
 """Examples of a task, from the mini-world or from any local folder of LLM-Adapters files, through the same loader."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dora_lab import tasks
 from dora_lab.profiles import PROJECT
-from dora_lab.tasks import Example, parse_record
+from dora_lab.tasks import ANSWER_PREFIX, Example, parse_record, prompt
+
+if TYPE_CHECKING:  # loaded when a run is, so that the command line starts quickly
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
 MINI_WORLD = PROJECT / "data" / "miniworld" / "tasks"
+IGNORED = -100  # label of a token that the loss leaves out
 CARVED_SEED = 42  # which train examples become validation where a folder has no validation.json
 
 
@@ -63,6 +71,42 @@ def data_sha256(source: str, task_name: str) -> str:
         if path.is_file():
             digest.update(f"{split}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def tokenized(
+    tokenizer: PreTrainedTokenizerBase, examples: list[Example], template: str, append_eos: bool, cutoff_tokens: int
+) -> tuple[Dataset, int]:
+    """(input_ids and labels of every example, how many prompts were shortened); the labels of the prompt are IGNORED.
+
+    A prompt too long for `cutoff_tokens` loses its beginning, never the answer behind it.
+    Raises ValueError if the answer alone is too long, or an end token is asked for and the tokenizer has none.
+    """
+    import datasets
+
+    if append_eos and tokenizer.eos_token_id is None:
+        raise ValueError("the base model's tokenizer has no end token: set append_eos to false")
+    prompts = [prompt(example, template) for example in examples]
+    texts = [text + ANSWER_PREFIX + e.answer for text, e in zip(prompts, examples, strict=True)]
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    count = 0
+    for alone, ids in zip(tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"], strict=True):
+        start = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), len(alone))
+        answer = ids[start:] + [tokenizer.eos_token_id] * append_eos
+        if len(answer) >= cutoff_tokens:
+            raise ValueError(f"cutoff_tokens {cutoff_tokens} is too small: an answer alone has {len(answer)} tokens")
+        kept = shortened(ids[:start], cutoff_tokens - len(answer), tokenizer.bos_token_id)
+        count += len(kept) < start
+        columns["input_ids"].append(kept + answer)
+        columns["labels"].append([IGNORED] * len(kept) + answer)
+    return datasets.Dataset.from_dict(columns), count
+
+
+def shortened(ids: list[int], length: int, bos_token_id: int | None) -> list[int]:
+    """The last `length` tokens at most; a token that begins every sequence stays at the front."""
+    if len(ids) <= length:
+        return ids
+    front = ids[:1] if ids[0] == bos_token_id else []
+    return front + ids[len(ids) - length + len(front) :]
 
 
 def _read(path: Path, task_name: str, split: str) -> list[Example]:

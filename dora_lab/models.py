@@ -44,7 +44,13 @@ def load_base(base_model: str, dtype: str = "float32") -> tuple[PreTrainedModel,
     be read or do not fit their configuration, no tokenizer, a tokenizer with more tokens than the model).
     """
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        LlamaTokenizer,
+    )
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -70,7 +76,13 @@ def load_base(base_model: str, dtype: str = "float32") -> tuple[PreTrainedModel,
         missing = sorted(report["missing_keys"])[:3]
         raise ValueError(f"base model {name}: the weights do not fit the configuration (missing, e.g., {missing})")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if folder and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            if not (folder / "tokenizer.model").is_file():
+                raise OSError("there is no tokenizer.json and no tokenizer.model: copy the tokenizer's files there")
+            # LLaMA's own file says nothing of how it is used: with a begin token, as LLaMA was pretrained
+            tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"base model {name}: its tokenizer cannot be read ({_first_line(error)})") from error
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -94,7 +106,7 @@ def answer_logits(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, colum
 
     kept = columns.unique()  # (kept,) sorted
     logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=kept).logits  # (batch, kept, vocabulary)
-    return logits[rows, torch.searchsorted(kept, columns)].float()  # (positions, vocabulary)
+    return logits[rows, torch.searchsorted(kept, columns.contiguous())].float()  # (positions, vocabulary)
 
 
 def base_sha256(base_model: str) -> str:
