@@ -22,7 +22,7 @@ from dora_lab.records import (
 )
 
 WORKER = PROJECT / "notebooks" / "07_fine_tune.ipynb"
-RESULT_CHAPTERS = ("08_results",)
+RESULT_CHAPTERS = ("08_results", "09_update_geometry")
 RECORDED = PROJECT / "data" / "results"
 NEEDED_BYTES = 200 * 2**20  # free disk below which a grid is not started
 KEPT = ("record.json", "predictions.jsonl", "curve.jsonl", "geometry.jsonl", "failure.json")
