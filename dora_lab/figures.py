@@ -8,6 +8,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -50,7 +51,7 @@ __all__ = [
 METHOD_COLOURS = {"lora": "#E69F00", "dora": "#0072B2", "full": "#009E73", "dora-magnitude": "#CC79A7"}
 # Correlation of ΔD with ΔM on VL-BART, query matrices; Liu et al. 2024 (arXiv 2402.09353), Section 3.2
 PAPER_CORRELATION = {"full": -0.62, "lora": 0.83, "dora": -0.31}
-_LAYER_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+_LAYER_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
 _MARKERS = "os^DvPX*"
 _HATCHES = (None, "xx", "..", "\\\\", "++")
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6}
@@ -137,7 +138,9 @@ def _bar(axis: Axes, x: float, width: float, look: Patch, value: Interval, dots:
     spread = np.linspace(-0.3, 0.3, len(dots)) * width if len(dots) > 1 else np.zeros(len(dots))
     axis.plot(x + spread, dots, "o", ms=2.8, mfc="white", mec="black", mew=0.6, zorder=3)
     top = max([top, *dots])
-    axis.text(x, top + 1.2, f"{value.estimate:.1f}", ha="center", va="bottom", fontsize=7, zorder=5)
+    axis.text(
+        x, top + 1.2, f"{value.estimate:.1f}", ha="center", va="bottom", fontsize=7 if width > 0.16 else 6, zorder=5
+    )
 
 
 def _finish(axis: Axes, title: str, tasks: Sequence[str], handles: list, columns: int) -> None:
@@ -156,9 +159,12 @@ def _finish(axis: Axes, title: str, tasks: Sequence[str], handles: list, columns
 def geometry_correlations(rows: Sequence[Mapping]) -> pd.DataFrame:
     """Pearson correlation of ΔD with ΔM over layers and checkpoints: one a seed, then mean and 95 % limits over seeds.
 
+    Mean and limits are taken on Fisher's scale, artanh r, and brought back.
+
     rows: dicts with method, seed, step, layer, module, delta_magnitude, delta_direction of one task. Columns `method`,
     `module` ("q_proj", "v_proj", "both"), `seeds`, `points` (a seed), `correlation`, `low`, `high`, `paper_vl_bart`.
-    A seed whose ΔM or ΔD does not vary has no correlation and is not counted in `seeds`.
+    The paper's value is for query matrices. A seed whose ΔM or ΔD does not vary has no correlation and is not counted
+    in `seeds`.
     """
     frame = _geometry_frame(rows)
     out = []
@@ -168,10 +174,11 @@ def geometry_correlations(rows: Sequence[Mapping]) -> pd.DataFrame:
             groups = [group for _, group in chosen.groupby("seed")]
             found = [_pearson(group) for group in groups]
             found = [value for value in found if not math.isnan(value)]
-            interval = seed_interval(found) if found else Interval(math.nan, math.nan, math.nan)
+            interval = _fisher_interval(found)
             row = {"method": method, "module": module, "seeds": len(found), "points": max(map(len, groups), default=0)}
             row |= {"correlation": interval.estimate, "low": interval.low, "high": interval.high}
-            out.append(row | {"paper_vl_bart": PAPER_CORRELATION.get(method, math.nan)})
+            paper = PAPER_CORRELATION.get(method, math.nan) if module == "q_proj" else math.nan
+            out.append(row | {"paper_vl_bart": paper})
     return pd.DataFrame(out)
 
 
@@ -198,19 +205,21 @@ def geometry_scatter(rows: Sequence[Mapping]) -> Figure:
                 marker = _MARKERS[(point.checkpoint - 1) % len(_MARKERS)]
                 x, y, edge = point.delta_direction, point.delta_magnitude, colours[point.layer]
                 axis.scatter(x, y, 36, marker=marker, fc=face, ec=edge, lw=1.2)
-            axis.set_title(f"{METHOD_NAMES[method]}: {_correlation_text(both.loc[method])}")
+            axis.set_title(f"{METHOD_NAMES[method]}: {_correlation_text(both.loc[method])}", y=1.07)
             axis.set_xlabel("ΔD, mean of 1 − cosine")
             axis.margins(0.08)
             axis.ticklabel_format(style="sci", scilimits=(-2, 3))
         axes[0].set_ylabel("ΔM, mean change of magnitude")
-        entries = [_key("s", colour, f"layer {layer}") for layer, colour in colours.items()]
-        steps = frame.groupby("checkpoint")["step"].unique()
+        first = [Patch(fc=colour, label=f"layer {layer}") for layer, colour in colours.items()]
+        steps, second = frame.groupby("checkpoint")["step"].unique(), []
         for checkpoint in checkpoints:
             label = f"step {steps[checkpoint][0]}" if len(steps[checkpoint]) == 1 else f"checkpoint {checkpoint}"
-            entries.append(_key(_MARKERS[(checkpoint - 1) % len(_MARKERS)], "#777777", label))
-        entries += [_key("o", "black", "query (filled)"), _key("o", "black", "value (open)", face="none")]
-        columns = min(len(entries), 3 * len(methods))
-        figure.legend(handles=entries, loc="outside lower center", ncols=columns, frameon=False)
+            second.append(_key(_MARKERS[(checkpoint - 1) % len(_MARKERS)], "#777777", label))
+        second += [_key("o", "black", "query (filled)"), _key("o", "black", "value (open)", face="none")]
+        blank = Line2D([], [], ls="", label=" ")
+        pairs = zip_longest(first, second, fillvalue=blank)  # a legend fills column by column
+        entries = [entry for pair in pairs for entry in pair]
+        figure.legend(handles=entries, loc="outside lower center", ncols=len(entries) // 2, frameon=False)
     return figure
 
 
@@ -257,6 +266,13 @@ def _pearson(group: pd.DataFrame) -> float:
     if len(group) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
     return float(np.corrcoef(x, y)[0, 1])
+
+
+def _fisher_interval(correlations: Sequence[float]) -> Interval:
+    if not correlations:
+        return Interval(math.nan, math.nan, math.nan, seeds=0)
+    z = seed_interval(np.arctanh(np.clip(correlations, -1 + 1e-12, 1 - 1e-12)))
+    return Interval(math.tanh(z.estimate), math.tanh(z.low), math.tanh(z.high), seeds=z.seeds)
 
 
 def _correlation_text(row: pd.Series) -> str:

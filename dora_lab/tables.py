@@ -37,7 +37,8 @@ def read_published(path: str | Path | None = None) -> dict:
 def published_accuracy(published: Mapping, source: str, where: str, method: str) -> tuple[dict[str, float], str]:
     """({task: percent}, the row's own note) of one LLaMA-7B row of rank 32.
 
-    `source` is the beginning of the row's source, `where` its place in there. Raises LookupError unless exactly one row fits.
+    `source` is the beginning of the row's source, `where` its place in there.
+    Raises LookupError unless exactly one row fits.
     """
     rows = [
         row
@@ -140,7 +141,7 @@ def results_notes(table: pd.DataFrame, published: Mapping | None = None) -> list
             if isinstance(row[f"{task}_failed"], str):
                 rank = "" if pd.isna(row["rank"]) else f", rank {row['rank']}"
                 what = f"{row['row']} on {TASK_NAMES.get(task, task)}{rank}"
-                notes.append(f"Failed: {what}, seed(s) {row[f'{task}_failed']}; a failed run is in no mean.")
+                notes.append(f"Failed: {what}, seeds {row[f'{task}_failed']}; a failed run is in no mean.")
     for method in ("lora", "dora") if published else ():
         paper, _ = published_accuracy(published, PAPER, "Table 1", method)
         quoted, remark = published_accuracy(published, REPORT, _in_report("Paper's", method), method)
