@@ -53,7 +53,7 @@ METHOD_COLOURS = {"lora": "#E69F00", "dora": "#0072B2", "full": "#009E73", "dora
 PAPER_CORRELATION = {"full": -0.62, "lora": 0.83, "dora": -0.31}
 _LAYER_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
 _MARKERS = "os^DvPX*"
-_HATCHES = (None, "xx", "..", "\\\\", "++")
+_METHOD_HATCHES = {"lora": "", "dora": "..", "full": "\\\\", "dora-magnitude": "++"}
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6}
 
 
@@ -71,8 +71,8 @@ def results_bars(records: Sequence, published: Mapping, failures: Sequence[Mappi
     series = sorted({key[1:] for key in cells}, key=lambda key: (list(METHOD_NAMES).index(key[0]), key[1] or 0))
     quoted, ranks = [], {}
     for row in quoted_rows(published):
-        hatch = None if row["row"].startswith("paper") else "///"
-        quoted.append((Patch(fc=METHOD_COLOURS[row["method"]], hatch=hatch, label=row["row"]), row["accuracy"]))
+        extra = "" if row["row"].startswith("paper") else "///"
+        quoted.append((_look(row["method"], extra, row["row"]), row["accuracy"]))
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10.5, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
@@ -84,10 +84,9 @@ def results_bars(records: Sequence, published: Mapping, failures: Sequence[Mappi
                     _bar(left, x, width, look, Interval(accuracy[task], math.nan, math.nan))
         looks = []
         for index, (method, rank) in enumerate(series):
-            hatch = _HATCHES[ranks.setdefault(method, 0) % len(_HATCHES)]
-            ranks[method] += 1
+            ranks[method] = ranks.get(method, -1) + 1  # a method's further ranks get denser crosses
             label = METHOD_NAMES[method] + ("" if rank is None else f", rank {rank}")
-            looks.append(Patch(fc=METHOD_COLOURS[method], hatch=hatch, label=label))
+            looks.append(_look(method, "x" * ranks[method], label))
             for place, task in enumerate(tasks):
                 x, width = _place(place, index, len(series))
                 cell = cells.get((task, method, rank))
@@ -128,8 +127,12 @@ def _place(place: int, index: int, count: int) -> tuple[float, float]:
     return place + (index - (count - 1) / 2) * width, 0.92 * width
 
 
+def _look(method: str, extra_hatch: str, label: str) -> Patch:
+    hatch = _METHOD_HATCHES[method] + extra_hatch
+    return Patch(fc=METHOD_COLOURS[method], ec="black", lw=0.6, hatch=hatch or None, label=label)
+
+
 def _bar(axis: Axes, x: float, width: float, look: Patch, value: Interval, dots: Sequence[float] = ()) -> None:
-    look.set(ec="black", lw=0.6)
     axis.bar(x, value.estimate, width, fc=look.get_facecolor(), ec="black", lw=0.6, hatch=look.get_hatch())
     top = value.estimate
     if not math.isnan(value.half_width):
