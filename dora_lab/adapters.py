@@ -137,8 +137,7 @@ class DoRALinear(nn.Module):
         result = self.base(x)  # (..., out)
         if self.merged:
             return result
-        with torch.no_grad():
-            norm = dora_norm(lora_weight(self.base.weight, self.lora_A, self.lora_B, self.scaling))  # (out,)
+        norm = dora_norm(lora_weight(self.base.weight, self.lora_A, self.lora_B, self.scaling))  # (out,), a constant
         gain = self.magnitude / norm  # (out,)
         dropped = self.dropout(x.to(self.lora_A.dtype))  # (..., in)
         update = self.scaling * F.linear(F.linear(dropped, self.lora_A), self.lora_B)  # (..., rank) -> (..., out)

@@ -304,7 +304,7 @@ def test_outputs_and_gradients_equal_pefts(method, dtype, bias, dropout):
         output = model(TOKENS, labels=TOKENS)
         output.loss.backward()
         outputs.append(output.logits)
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 1e-3}
     torch.testing.assert_close(*outputs, **tolerance)
     for name, parameter in our_parameters.items():
         assert parameter.grad.abs().max() > 0, name
