@@ -65,9 +65,11 @@ def load_examples(
 def data_sha256(source: str, task_name: str) -> str:
     """One hash over the task's files, names and contents: part of a run's identity."""
     folder = data_folder(source) / tasks.task(task_name).folder
+    paths = {split: folder / f"{split}.json" for split in SPLITS}
+    if not any(path.is_file() for path in paths.values()):
+        raise FileNotFoundError(f"{folder} has none of {', '.join(p.name for p in paths.values())}: put them there")
     digest = hashlib.sha256()
-    for split in SPLITS:
-        path = folder / f"{split}.json"
+    for split, path in paths.items():
         if path.is_file():
             digest.update(f"{split}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

@@ -293,8 +293,8 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        figure.savefig(paths[0], dpi=150, metadata={"Software": None})
-        figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+        figure.savefig(paths[0], dpi=150, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(paths[1], bbox_inches="tight", metadata={"Date": None, "Creator": None})
     return paths
 
 
@@ -303,6 +303,6 @@ def show(figure: Figure, alt: str) -> None:
     from IPython.display import display
 
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=100, metadata={"Software": None})
+    figure.savefig(image, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
     data = {"image/png": base64.b64encode(image.getvalue()).decode(), "text/plain": alt}
     display(data, metadata={"image/png": {"alt": alt}}, raw=True)

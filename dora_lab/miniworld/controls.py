@@ -16,7 +16,7 @@ _ASKED = re.compile(r"(?<=question: ).*?(?=\?\n\n)|(?<=sentence: ).*?(?=\n\n)", 
 
 
 def without_question(record: Record) -> Record:
-    """The record with the question (BoolQ) or the sentence (HellaSwag, WinoGrande) taken out, options and format kept."""
+    """The record without its question (BoolQ) or sentence (HellaSwag, WinoGrande); options and format are kept."""
     instruction, removed = _ASKED.subn("", record["instruction"])
     if removed != 1:
         raise ValueError(f"no question found to take out of {record['instruction']!r}")
@@ -33,6 +33,6 @@ def bag_of_words_accuracy(train: list[Record], test: list[Record]) -> float:
     """Test accuracy of a logistic regression on words and pairs of neighbouring words of the instruction."""
     words = CountVectorizer(ngram_range=(1, 2), token_pattern=r"[a-z0-9_]+", binary=True)
     features = words.fit_transform(record["instruction"].lower() for record in train)
-    classifier = LogisticRegression(max_iter=200).fit(features, [record["answer"] for record in train])
+    classifier = LogisticRegression(max_iter=1000).fit(features, [record["answer"] for record in train])
     unseen = words.transform(record["instruction"].lower() for record in test)
     return float(classifier.score(unseen, [record["answer"] for record in test]))

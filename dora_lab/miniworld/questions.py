@@ -35,10 +35,11 @@ def winogrande(world: World, split: str, rng: random.Random) -> tuple[str, str]:
     value = world.facts[right][property_]
     word = SYNONYM[value] if rng.random() < SYNONYM_SHARE else value
     person = rng.choice(PEOPLE)
+    he = PRONOUN[person]
     x, y = rng.sample((right, wrong), 2)
     sentence = rng.choice(
         (
-            f"{person} saw the {x} and the {y}. {PRONOUN[person]} took the _ because {PRONOUN[person]} wanted a {word} thing.",
+            f"{person} saw the {x} and the {y}. {he} took the _ because {he} wanted a {word} thing.",
             f"{person} had the {x} and the {y}. the _ was too {word}.",
             f"{person} had the {x} and the {y}. the {COMPARATIVE[value]} one was the _.",
         )
@@ -68,10 +69,11 @@ def hellaswag(world: World, split: str, rng: random.Random) -> tuple[str, str]:
             wrong.append(step)
     endings = rng.sample([steps[position], *wrong], 4)
     person = rng.choice(PEOPLE)
-    told = f"{person} " + f". then {PRONOUN[person]} ".join(shown)
+    he = PRONOUN[person]
+    told = f"{person} " + f". then {he} ".join(shown) + f". then {he}"
     listed = " ".join(f"Ending{i + 1}: {ending}" for i, ending in enumerate(endings))
     instruction = (
-        f"Please choose the correct ending to complete the given sentence: {activity}: {told}. then {PRONOUN[person]}\n\n"
+        f"Please choose the correct ending to complete the given sentence: {activity}: {told}\n\n"
         f"{listed}\n\nAnswer format: ending1/ending2/ending3/ending4"
     )
     return instruction, f"ending{endings.index(steps[position]) + 1}"
