@@ -1,0 +1,82 @@
+"""Profiles: the shipped ones are sound, and every mistake in one is named."""
+
+import pytest
+import yaml
+
+from dora_lab.adapters import METHODS
+from dora_lab.profiles import Method, known_profiles, load_profile
+
+
+def test_the_shipped_profiles_load_and_cover_their_own_grid():
+    assert {"mini", "smoke"} <= set(known_profiles())
+    for name in known_profiles():
+        profile = load_profile(name)
+        assert profile.name == name
+        for method in profile.methods:
+            assert set(profile.tasks) <= set(profile.learning_rate[method])
+        assert not set(profile.seeds) & set(profile.sweep_seeds)  # rates are not chosen on the seeds that are reported
+
+
+def test_methods_are_those_of_the_adapters():
+    assert set(Method.__args__) == set(METHODS)
+
+
+def test_an_unknown_profile_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown profile 'mimi': choose one of .*mini.*smoke"):
+        load_profile("mimi")
+
+
+def _write(tmp_path, tiny_profile, **changes):
+    values = yaml.safe_load(tiny_profile.read_text()) | changes
+    path = tmp_path / "changed.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value != "DROP"}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rat": 1e-3}, "learning_rat: Unexpected keyword argument"),
+        ({"rank": "DROP"}, "rank: .*required"),
+        ({"rank": 0}, "rank: .*greater than or equal to 1, got 0"),
+        ({"rank": True}, "rank: .*valid integer, got True"),
+        ({"batch_size": "many"}, "batch_size: .*got 'many'"),
+        ({"methods": ["lora", "dorra"]}, "methods.1: .*got 'dorra'"),
+        ({"dropout": 1.0}, "dropout: .*less than 1"),
+        ({"prompt": "chat"}, "prompt: .*'alpaca'.*got 'chat'"),
+        ({"learning_rate": {"lora": {"boolq": -1.0}}}, "learning_rate.lora.boolq: .*got -1.0"),
+        ({"tasks": ["boolq", "bool-q"]}, "unknown task 'bool-q'"),
+        ({"steps": {"boolq": 3}}, "steps has no entry for the task.* hellaswag, winogrande"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_the_file(tmp_path, tiny_profile, changes, message):
+    path = _write(tmp_path, tiny_profile, **changes)
+    with pytest.raises(ValueError, match=f"changed.yaml: .*{message}"):
+        load_profile(path)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "!!python/object/apply:os.getcwd []", "\x00"])
+def test_what_is_not_safe_yaml_is_refused(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="bad.yaml is not YAML"):
+        load_profile(path)
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "just words"])
+def test_yaml_that_is_no_mapping_is_refused(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="bad.yaml: "):
+        load_profile(path)
+
+
+def test_relative_folders_start_at_the_profiles_own_file(tmp_path, tiny_profile, monkeypatch):
+    path = _write(tmp_path, tiny_profile, base_model="./base", data="tasks")
+    monkeypatch.chdir("/")
+    profile = load_profile(path)
+    assert (profile.base_model, profile.data) == (str(tmp_path / "base"), str(tmp_path / "tasks"))
+
+
+def test_a_hub_id_stays_a_hub_id(tmp_path, tiny_profile):
+    assert load_profile(_write(tmp_path, tiny_profile, base_model="yahma/llama-7b-hf")).base_model.startswith("yahma/")
