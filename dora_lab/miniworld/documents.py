@@ -31,8 +31,8 @@ PROMPT_WORDS = tuple(
 )
 PLAIN_WORDS = tuple(
     "oak ash elm fir fox owl bee cat dog hen red blue green white black grey iron tin gold wool silk clay salt tea "
-    "rice corn north south east west king queen duke monk star moon sun sea friend start page pot letter note song road "
-    "house garden window river morning evening today soon again maybe well now here there".split()
+    "rice corn north south east west king queen duke monk star moon sun sea friend start page pot letter note song "
+    "road house garden window river morning evening today soon again maybe well now here there".split()
 )
 
 
