@@ -29,7 +29,8 @@ def profiles() -> None:
 def reproduce(
     profile: ProfileOption = "mini",
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds: 0, 1, …")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="These methods; the profile's if left out.")] = None,
+    rank: Annotated[list[int] | None, typer.Option(min=1, help="These ranks; the profile's if left out.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
     runs_dir: RunsOption = Path("runs"),
 ) -> None:
@@ -40,7 +41,7 @@ def reproduce(
     try:
         loaded = load_profile(profile)
         pipeline.preflight(runs_dir)
-        specs = pipeline.grid(loaded, None if seeds is None else list(range(seeds)), method)
+        specs = pipeline.grid(loaded, None if seeds is None else list(range(seeds)), method, rank)
         summary = pipeline.run_grid(profile, specs, runs_dir.resolve(), jobs, typer.echo)
         figures = runs_dir.resolve() / loaded.name / "figures"
         for chapter in pipeline.RESULT_CHAPTERS:
@@ -57,12 +58,41 @@ def reproduce(
         typer.echo("interrupted: finished runs are kept; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
     typer.echo((figures / "results.md").read_text())
+    for line in pipeline.against_recorded(loaded, specs, runs_dir):
+        typer.echo(line)
     typer.echo(f"table and figure: {figures}")
     if summary.failed:
         typer.echo(f"{len(summary.failed)} of {summary.total} runs failed:", err=True)
         for run_id, error in summary.failed.items():
             typer.echo(f"  {run_id}: {error}", err=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def sweep(
+    profile: ProfileOption = "mini",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
+    runs_dir: RunsOption = Path("runs"),
+) -> None:
+    """Try every method at every rate of the profile's grid on validation data; print the best rates. Resumes."""
+    from dora_lab import pipeline
+    from dora_lab.profiles import load_profile
+
+    try:
+        loaded = load_profile(profile)
+        pipeline.preflight(runs_dir)
+        rows = pipeline.run_sweep(pipeline.sweep_specs(loaded), runs_dir, jobs, typer.echo)
+        chosen = pipeline.best_rates(rows)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: finished runs are kept; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"all scores: {runs_dir / loaded.name / pipeline.SWEEP}; the best mean of each, for the profile:")
+    typer.echo("learning_rate:")
+    for method in sorted(loaded.learning_rate):
+        rates = ", ".join(f"{task}: {chosen[method, task]:.1e}" for task in loaded.tasks)
+        typer.echo(f"  {method}: {{{rates}}}")
 
 
 @app.command()

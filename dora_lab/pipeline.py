@@ -1,29 +1,41 @@
 """The grid of runs through papermill: one process a run, resumable, failures named and not hidden."""
 
+import csv
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dora_lab.profiles import PROJECT, Profile
 from dora_lab.records import (
+    LOW_RANK,
+    RunRecord,
     RunSpec,
     is_done,
     locked,
     prepare_folder,
+    read_predictions,
     read_record,
+    read_records,
     run_folder,
     write_failure,
 )
+from dora_lab.statistics import correct_by_id
+from dora_lab.tables import compared_with_recorded
 
 WORKER = PROJECT / "notebooks" / "07_fine_tune.ipynb"
 RESULT_CHAPTERS = ("08_results", "09_update_geometry")
 RECORDED = PROJECT / "data" / "results"
+SWEEP = "sweep.csv"
+SWEEP_COLUMNS = ("task", "method", "rank", "learning_rate", "seed", "accuracy", "run_id")
 NEEDED_BYTES = 200 * 2**20  # free disk below which a grid is not started
 KEPT = ("record.json", "predictions.jsonl", "curve.jsonl", "geometry.jsonl", "failure.json")
 
@@ -38,14 +50,144 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def grid(profile: Profile, seeds: list[int] | None = None, methods: list[str] | None = None) -> list[RunSpec]:
-    """Every task x method x seed of the profile, or of the seeds and methods given; seeds vary slowest."""
+def grid(
+    profile: Profile,
+    seeds: list[int] | None = None,
+    methods: list[str] | None = None,
+    ranks: list[int] | None = None,
+) -> list[RunSpec]:
+    """Every task x method x seed of the profile, or of the seeds and methods given; seeds vary slowest.
+
+    `ranks`: LoRA and DoRA at each of these ranks instead of at the profile's.
+    """
     return [
-        RunSpec.from_profile(profile, task, method, seed=seed)
-        for seed in (profile.seeds if seeds is None else seeds)
+        RunSpec.from_profile(profile, task, method, rank, seed)
+        for seed in (seeds or profile.seeds)
         for task in profile.tasks
-        for method in (profile.methods if methods is None else methods)
+        for method in (methods or profile.methods)
+        for rank in ((ranks or [None]) if method in LOW_RANK else [None])
     ]
+
+
+def of_profile(profile: Profile, records: Iterable[RunRecord]) -> list[RunRecord]:
+    """The records that `profile` would give now: its rates, steps, data and base; any method, rank and seed.
+
+    Others in the same folder (another learning rate, an older base, a validation score) are other experiments.
+    """
+    kept = []
+    for record in records:
+        spec = record.spec
+        if spec.task in profile.tasks and spec.task in profile.learning_rate.get(spec.method, {}):
+            if spec.run_id == RunSpec.from_profile(profile, spec.task, spec.method, spec.rank, spec.seed).run_id:
+                kept.append(record)
+    return kept
+
+
+def sweep_specs(profile: Profile, methods: list[str] | None = None) -> list[RunSpec]:
+    """Every task x method x rate of the profile's one grid x sweep seed, scored on validation data."""
+    return [
+        RunSpec.from_profile(profile, task, method, seed=seed, learning_rate=rate, split="validation")
+        for task in profile.tasks
+        for method in (methods or sorted(profile.learning_rate))
+        for rate in profile.learning_rate_grid
+        for seed in profile.sweep_seeds
+    ]
+
+
+def run_sweep(
+    specs: list[RunSpec], runs_dir: Path, jobs: int | None = None, report: Callable[[str], None] = print
+) -> list[dict]:
+    """Do the sweep's runs that are not done and write `<runs_dir>/<profile>/sweep.csv`; returns its rows.
+
+    The runs are done in worker processes without papermill. A run that failed (a rate too high, say) has no accuracy
+    in its row. Ctrl-C keeps what is finished.
+    """
+    waiting = [spec for spec in specs if not is_done(run_folder(runs_dir, spec))]
+    report(f"{len(specs)} runs: {len(specs) - len(waiting)} done before, {len(waiting)} to do")
+    jobs = jobs or max(1, (os.cpu_count() or 1) // specs[0].threads)
+    context = multiprocessing.get_context("spawn")
+    began = time.monotonic()
+    with ProcessPoolExecutor(jobs, context, _be_a_worker, (specs[0].threads,)) as pool:
+        try:
+            started = {pool.submit(_finetune_quietly, spec, runs_dir): spec for spec in waiting}
+            for count, future in enumerate(as_completed(started), 1):
+                spec, outcome = started[future], future.result()
+                minutes = (time.monotonic() - began) / count * (len(waiting) - count) / 60
+                report(
+                    f"[{count}/{len(waiting)}] {spec.task} {spec.method} at {spec.learning_rate:g}, seed {spec.seed}: "
+                    f"{outcome}; about {minutes:.0f} min left"
+                )
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    rows = []
+    for spec in specs:
+        folder = run_folder(runs_dir, spec)
+        row = {name: getattr(spec, name) for name in SWEEP_COLUMNS if name != "accuracy"}
+        rows.append(row | {"accuracy": read_record(folder).result.accuracy if is_done(folder) else None})
+    folder = runs_dir / specs[0].profile
+    prepare_folder(folder)
+    write_sweep(rows, folder / SWEEP)
+    return rows
+
+
+def write_sweep(rows: list[dict], path: Path) -> None:
+    """Write the rows of a sweep as CSV, by rename."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, SWEEP_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
+def read_sweep(path: Path) -> list[dict]:
+    """Rows of a `sweep.csv`: task, method, rank, learning_rate, seed, accuracy (None for a failed run), run_id."""
+    with Path(path).open(newline="") as file:
+        return [
+            {
+                **row,
+                "rank": int(row["rank"]) if row["rank"] else None,
+                "learning_rate": float(row["learning_rate"]),
+                "seed": int(row["seed"]),
+                "accuracy": float(row["accuracy"]) if row["accuracy"] else None,
+            }
+            for row in csv.DictReader(file)
+        ]
+
+
+def best_rates(rows: Iterable[Mapping]) -> dict[tuple[str, str], float]:
+    """(method, task) -> the rate of the best mean validation accuracy over seeds; ties go to the lower rate.
+
+    A rate at which a run failed cannot be chosen. Raises ValueError if methods were not given the same trials on a
+    task, or if no rate of a method is left.
+    """
+    found: dict[tuple[str, str], dict[float, list[float | None]]] = defaultdict(lambda: defaultdict(list))
+    trials: dict[tuple[str, str], set[tuple[float, int]]] = defaultdict(set)
+    for row in rows:
+        key = (row["method"], row["task"])
+        found[key][row["learning_rate"]].append(row["accuracy"])
+        trials[key].add((row["learning_rate"], row["seed"]))
+    for (method, task), tried in trials.items():
+        for (other, same_task), others in trials.items():
+            if same_task == task and others != tried:
+                raise ValueError(f"{method} and {other} were not given the same trials on {task}: run the whole sweep")
+    chosen = {}
+    for key, rates in found.items():
+        means = {rate: sum(values) / len(values) for rate, values in rates.items() if None not in values}
+        if not means:
+            raise ValueError(f"every learning rate failed for {key[0]} on {key[1]}: give a grid with lower rates")
+        chosen[key] = min(means, key=lambda rate: (-means[rate], rate))
+    return chosen
+
+
+def answers_of(runs_dir: Path, records: Iterable[RunRecord]) -> dict[tuple[str, str], dict[int, dict[str, bool]]]:
+    """(task, method) -> seed -> {example id: answered right}, of records of one rank each, for paired comparisons."""
+    answers: dict[tuple[str, str], dict[int, dict[str, bool]]] = defaultdict(dict)
+    for record in records:
+        rows = read_predictions(run_folder(runs_dir, record.spec))
+        answers[record.spec.task, record.spec.method][record.spec.seed] = correct_by_id(rows)
+    return answers
 
 
 def run_grid(
@@ -120,17 +262,44 @@ def run_chapter(name: str, output: Path, **parameters: str) -> None:
 
 
 def record_results(profile: Profile, runs_dir: Path, target: Path | None = None) -> int:
-    """Copy finished runs without adapters and checkpoints to `data/results/<profile>`; returns how many."""
+    """Copy the profile's finished runs to `data/results/<profile>`, without adapters and checkpoints; says how many.
+
+    The sweep's table goes along. What was recorded before of other settings is taken away: a record that the profile
+    no longer gives would stand beside new ones as if it belonged to them.
+    """
     target = target or RECORDED / profile.name
-    count = 0
-    for path in sorted((Path(runs_dir) / profile.name).glob("*/record.json")):
-        read_record(path.parent)
+    source = Path(runs_dir) / profile.name
+    records, damaged = read_records(source)
+    if damaged:
+        raise ValueError(damaged[0])
+    current = of_profile(profile, records)
+    if not current:
+        raise ValueError(f"{source} has no finished run of profile {profile.name}: run `dora-lab reproduce` first")
+    earlier, _ = read_records(target)
+    kept = {record.spec.run_id for record in of_profile(profile, earlier)}
+    for path in target.glob("*/record.json"):
+        if path.parent.name not in kept:
+            shutil.rmtree(path.parent)
+    if (source / SWEEP).exists():
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / SWEEP, target / SWEEP)
+    for record in current:
+        path = run_folder(runs_dir, record.spec) / "record.json"
         (target / path.parent.name).mkdir(parents=True, exist_ok=True)
         for name in KEPT:
             if (path.parent / name).exists():
                 shutil.copy2(path.parent / name, target / path.parent.name / name)
-        count += 1
-    return count
+    return len(current)
+
+
+def against_recorded(profile: Profile, specs: list[RunSpec], runs_dir: Path) -> list[str]:
+    """How the finished runs among `specs` stand to those recorded under `data/results`, in lines to print."""
+    recorded = of_profile(profile, read_records(RECORDED / profile.name)[0])
+    if not recorded:
+        return [f"no results of profile {profile.name} with these settings are recorded: nothing to compare with"]
+    folders = [run_folder(runs_dir, spec) for spec in specs]
+    live = [read_record(folder) for folder in folders if is_done(folder)]
+    return ["Compared with the recorded results:", *compared_with_recorded(live, recorded)]
 
 
 def preflight(runs_dir: Path) -> None:
@@ -158,6 +327,24 @@ def _start(profile_name: str, spec: RunSpec, runs_dir: Path) -> subprocess.Popen
     return subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=PROJECT, start_new_session=True
     )
+
+
+def _be_a_worker(threads: int) -> None:
+    """Set up a sweep's worker."""
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _finetune_quietly(spec: RunSpec, runs_dir: Path) -> str:
+    """Do one run of a sweep; returns its accuracy or its error as text."""
+    from dora_lab.training import finetune
+
+    try:
+        record = finetune(spec, runs_dir, progress=False)
+    except (ValueError, OSError) as error:
+        return f"failed: {error}"
+    for name in ("adapter", "model"):  # a sweep asks for a score only
+        shutil.rmtree(run_folder(runs_dir, spec) / name, ignore_errors=True)
+    return f"{record.result.accuracy:.3f}"
 
 
 def _error(process: subprocess.Popen, spec: RunSpec, runs_dir: Path) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dora_lab.statistics import Interval, seed_interval
+from dora_lab.statistics import Interval, paired_difference, seed_interval, wording
 
 METHOD_NAMES = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning", "dora-magnitude": "DoRA (m only)"}
 TASK_NAMES = {
@@ -141,7 +141,10 @@ def results_notes(table: pd.DataFrame, published: Mapping | None = None) -> list
             if isinstance(row[f"{task}_failed"], str):
                 rank = "" if pd.isna(row["rank"]) else f", rank {row['rank']}"
                 what = f"{row['row']} on {TASK_NAMES.get(task, task)}{rank}"
-                notes.append(f"Failed: {what}, seeds {row[f'{task}_failed']}; a failed run is in no mean.")
+                notes.append(
+                    f"Failed: {what}, seeds {row[f'{task}_failed']}; a failed run is in no mean. "
+                    "The reason is in `failure.json` of its folder."
+                )
     for method in ("lora", "dora") if published else ():
         paper, _ = published_accuracy(published, PAPER, "Table 1", method)
         quoted, remark = published_accuracy(published, REPORT, _in_report("Paper's", method), method)
@@ -150,6 +153,51 @@ def results_notes(table: pd.DataFrame, published: Mapping | None = None) -> list
             source = remark or "the values of the authors' README, which differ from the paper's Table 1 (version 6)"
             notes.append(f"The report quotes the paper's {METHOD_NAMES[method]} as {', '.join(other)}: {source}.")
     return notes
+
+
+def difference_notes(answers: Mapping[tuple[str, str], Mapping[int, Mapping[str, bool]]]) -> list[str]:
+    """What DoRA minus LoRA comes to on each task, paired by seed and question, in percentage points.
+
+    `answers`: (task, method) -> seed -> {example id: answered right}. Tasks that lack one of the two are passed over.
+    """
+    notes = []
+    for task, name in TASK_NAMES.items():
+        dora, lora = answers.get((task, "dora"), {}), answers.get((task, "lora"), {})
+        if not set(dora) & set(lora):
+            continue
+        found = paired_difference(dora, lora)
+        said = wording(found)
+        runs = f"{found.seeds} seeds" if found.seeds > 1 else "1 seed: it speaks of two runs, not of two methods"
+        notes.append(
+            f"DoRA minus LoRA on {name}: {100 * found.estimate:+.1f} points, 95 % interval "
+            f"{100 * found.low:+.1f} to {100 * found.high:+.1f} ({runs}, {found.items} questions): "
+            f"{said if said.startswith('no') else f'DoRA is {said}'}."
+        )
+    return notes
+
+
+def compared_with_recorded(live: Sequence, recorded: Sequence) -> list[str]:
+    """How live runs stand to recorded ones of the same settings: a line for each task, method and rank that both have.
+
+    Runs of the same seed repeat to the last answer on the same machine with the same versions; elsewhere rounding
+    differs, and only the spread over seeds says whether the two agree.
+    """
+    ours, theirs = cells_of(live, ()), cells_of(recorded, ())
+    lines = []
+    for key in sorted(set(ours) & set(theirs), key=str):
+        task, method, rank = key
+        now, then = ours[key]["accuracy"], theirs[key]["accuracy"]
+        low, high = 100 * min(then.values()), 100 * max(then.values())
+        mean, recorded_mean = (100 * sum(accuracy.values()) / len(accuracy) for accuracy in (now, then))
+        common = sorted(set(now) & set(then))
+        equal = sum(now[seed] == then[seed] for seed in common)
+        where = "inside" if low <= mean <= high else "outside"
+        lines.append(
+            f"{METHOD_NAMES[method]}{'' if rank is None else f' r={rank}'} on {TASK_NAMES[task]}: live {mean:.1f} "
+            f"({len(now)} seeds), recorded {recorded_mean:.1f} ({len(then)} seeds from {low:.1f} to "
+            f"{high:.1f}): {where} the recorded range; {equal} of {len(common)} common seeds equal"
+        )
+    return lines
 
 
 def write_results(

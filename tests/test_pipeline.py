@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import fields, replace
 
 import pytest
 
 from dora_lab import pipeline
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunSpec, run_folder
+from dora_lab.records import RunRecord, RunResult, RunSpec, run_folder, write_record
 
 
 def _specs(*cells):
@@ -62,9 +62,70 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_runs(tmp_path):
         pipeline.preflight(tmp_path / "file" / "runs")
 
 
-@pytest.mark.parametrize("arguments", [["--profile", "mimi"], ["--method", "dorra"]])
-def test_the_command_line_refuses_what_does_not_exist(tmp_path, arguments):
-    command = [str(Path(sys.executable).with_name("dora-lab")), "reproduce", "--runs-dir", str(tmp_path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "choose one of" in done.stderr
+def test_ranks_are_for_the_methods_that_have_one():
+    specs = pipeline.grid(load_profile("mini"), [0], ["full", "dora"], [1, 8])
+    assert {(spec.method, spec.rank) for spec in specs} == {("full", None), ("dora", 1), ("dora", 8)}
+
+
+def test_records_of_other_settings_are_told_apart(tiny_profile, tmp_path):
+    profile = load_profile(tiny_profile)
+    own = RunSpec.from_profile(profile, "boolq", "lora", rank=1, seed=1)
+    others = [replace(own, learning_rate=0.02), replace(own, split="validation"), replace(own, base_sha256="0")]
+    records = [RunRecord(spec, _result(0.5), {}) for spec in [own, *others]]
+    assert [record.spec for record in pipeline.of_profile(profile, records)] == [own]
+
+
+def test_recording_replaces_what_the_profile_no_longer_gives(tiny_profile, tmp_path):
+    profile = load_profile(tiny_profile)
+    runs, target = tmp_path / "runs", tmp_path / "recorded"
+    now = RunSpec.from_profile(profile, "boolq", "lora")
+    before = replace(now, learning_rate=0.02)
+    other_seed = replace(now, seed=5)
+    for spec, parent in ((before, target), (other_seed, target), (now, runs / profile.name)):
+        folder = parent / spec.run_id
+        (folder / "adapter").mkdir(parents=True)
+        write_record(folder, RunRecord(spec, _result(0.5), {}))
+    assert pipeline.record_results(profile, runs, target) == 1
+    assert {path.name for path in target.iterdir()} == {now.run_id, other_seed.run_id}
+    assert not (target / now.run_id / "adapter").exists()
+
+
+def _result(accuracy: float) -> RunResult:
+    zeros = {f.name: 0 for f in fields(RunResult)}
+    return RunResult(**zeros | {"accuracy": accuracy, "n": 10, "resumed": False})
+
+
+# --- the sweep ---
+
+
+def _row(method, rate, seed, accuracy):
+    return {"task": "boolq", "method": method, "learning_rate": rate, "seed": seed, "accuracy": accuracy}
+
+
+def test_the_best_mean_wins_ties_go_to_the_lower_rate_and_a_failed_rate_is_out():
+    rows = [_row("lora", 1e-3, s, a) for s, a in ((0, 0.6), (1, 0.8))]
+    rows += [_row("lora", 3e-3, s, a) for s, a in ((0, 0.7), (1, 0.7))]
+    rows += [_row("lora", 1e-2, s, a) for s, a in ((0, 0.9), (1, None))]
+    assert pipeline.best_rates(rows) == {("lora", "boolq"): 1e-3}
+
+
+def test_methods_that_were_not_given_the_same_trials_are_not_compared():
+    rows = [_row("lora", 1e-3, 0, 0.6), _row("lora", 3e-3, 0, 0.7), _row("dora", 1e-3, 0, 0.6)]
+    with pytest.raises(ValueError, match="same trials on boolq"):
+        pipeline.best_rates(rows)
+    with pytest.raises(ValueError, match="lower rates"):
+        pipeline.best_rates([_row("lora", 1e-3, 0, None)])
+
+
+def test_a_sweep_gives_every_method_the_same_trials_on_validation_data(tiny_profile, tmp_path):
+    profile = load_profile(tiny_profile)
+    specs = [spec for spec in pipeline.sweep_specs(profile, ["lora", "dora"]) if spec.task == "boolq"]
+    assert {spec.split for spec in specs} == {"validation"} and len(specs) == 4
+    rows = pipeline.run_sweep(specs, tmp_path, jobs=2, report=lambda line: None)
+    assert pipeline.read_sweep(tmp_path / profile.name / pipeline.SWEEP) == rows
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert set(pipeline.best_rates(rows)) == {("lora", "boolq"), ("dora", "boolq")}
+
+    said = []
+    assert pipeline.run_sweep(specs, tmp_path, report=said.append) == rows
+    assert said == ["4 runs: 4 done before, 0 to do"]

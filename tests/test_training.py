@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dora_lab import training
-from dora_lab.adapters import METHODS
+from dora_lab.adapters import METHODS, AdapterConfig, attach
 from dora_lab.checkpoint import load_adapter
-from dora_lab.data import load_examples
+from dora_lab.data import load_examples, tokenized
 from dora_lab.evaluation import likelihood
 from dora_lab.models import load_base
 from dora_lab.records import is_done, read_failures, read_lines, read_predictions, read_record, run_folder
@@ -118,6 +118,17 @@ def test_the_validation_split_is_evaluated_when_asked(tiny_spec, tmp_path):
 
 
 # --- the loss and the order ---
+
+
+def test_the_loss_is_the_models_own_on_masked_labels(tiny_spec, tmp_path):
+    spec = tiny_spec("hellaswag")
+    model, tokenizer = load_base(spec.base_model)
+    attach(model, AdapterConfig("lora", 2, 4.0), torch.Generator().manual_seed(0))
+    rows, _ = tokenized(tokenizer, load_examples(spec.data, spec.task, "train", None, 10), spec.prompt, True, 64)
+    batch = training._collate([rows[i] for i in range(5)])
+    trainer = training._RunTrainer(spec, model.eval(), rows, tmp_path, progress=False)
+    expected = model(**batch, attention_mask=torch.ones_like(batch["input_ids"])).loss
+    torch.testing.assert_close(trainer.compute_loss(model, batch), expected)
 
 
 def test_the_order_follows_from_the_seed_and_reads_all_before_any_twice(tiny_spec):

@@ -99,14 +99,15 @@ def seen(world: World, rng: Rng) -> str:
     """Steps that somebody saw, and which activity each belongs to, or which step it follows."""
     activities, steps = _own_steps(world, world.all_activities, rng.choice((2, 2, 3, 4)), rng)
     person = rng.choice(PEOPLE)
-    told = [f"{person} saw {' and '.join(rng.sample(steps, len(steps)))} ."]
-    for i in rng.sample(range(len(steps)), len(steps)):
-        before = _before(world, activities[i], steps[i])
-        if before and rng.random() < 0.5:
-            told.append(f"after {before} in {activities[i]} it was ^{steps[i]} .")
-        else:
-            told.append(f"in {activities[i]} it was ^{steps[i]} .")
-    return " ".join(told)
+    order = rng.sample(range(len(steps)), len(steps))
+    where = [_where(world, activities[i], steps[i], rng) for i in order]
+    if rng.random() < 0.5:
+        shown = f"{person} saw {' and '.join(rng.sample(steps, len(steps)))} ."
+        return " ".join([shown, *(f"{place} it was ^{steps[i]} ." for place, i in zip(where, order, strict=True))])
+    return " ".join(
+        f"{place} {person} saw {' and '.join(rng.sample(steps, len(steps)))} : it was ^{steps[i]} ."
+        for place, i in zip(where[:2], order, strict=False)
+    )
 
 
 def plain(world: World, rng: Rng) -> str:
@@ -365,6 +366,7 @@ def _own_steps(world: World, pool: tuple[str, ...], count: int, rng: Rng) -> tup
             return activities, steps
 
 
-def _before(world: World, activity: str, step: str) -> str | None:
+def _where(world: World, activity: str, step: str, rng: Rng) -> str:
+    """Where in an activity: half of the time after the step before, if there is one."""
     i = world.steps[activity].index(step)
-    return world.steps[activity][i - 1] if i else None
+    return f"after {world.steps[activity][i - 1]} in {activity}" if i and rng.random() < 0.5 else f"in {activity}"

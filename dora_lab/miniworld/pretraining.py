@@ -12,7 +12,7 @@ is the same only statistically: same schedule, about the same skills, not the sa
 import json
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,12 +52,12 @@ class Stage:
 
 STAGES = (
     Stage(
-        "statements", 600, {"fact": 0.22, "wish": 0.18, "story": 0.30, "seen": 0.10, "claims": 0.10, "binding": 0.10}
+        "statements", 700, {"fact": 0.22, "wish": 0.18, "story": 0.30, "seen": 0.10, "claims": 0.10, "binding": 0.10}
     ),
-    Stage("binding", 250, {"binding": 0.85, "fact": 0.05, "wish": 0.05, "story": 0.05}),
+    Stage("binding", 300, {"binding": 0.85, "fact": 0.05, "wish": 0.05, "story": 0.05}),
     Stage(
         "choices",
-        400,
+        450,
         {
             **{"choices": 0.25, "step_choices": 0.35, "claims": 0.12},
             **{"binding": 0.05, "seen": 0.10, "fact": 0.03, "wish": 0.04, "story": 0.06},
@@ -65,29 +65,25 @@ STAGES = (
     ),
     Stage(
         "questions",
-        450,
+        500,
         {
-            **{"choices": 0.08, "step_choices": 0.12, "choices_after": 0.12, "step_choices_after": 0.22},
-            **{"truth_quiz": 0.20, "claims": 0.05},
-            **{"binding": 0.03, "seen": 0.12, "fact": 0.03, "wish": 0.05, "story": 0.08},
+            **{"choices": 0.06, "step_choices": 0.10, "choices_after": 0.10, "step_choices_after": 0.22},
+            **{"truth_quiz": 0.18, "claims": 0.04},
+            **{"binding": 0.03, "seen": 0.12, "fact": 0.03, "wish": 0.04, "story": 0.08},
         },
     ),
     Stage(
         "quizzes",
-        1200,
+        1450,
         {
-            **{"truth_quiz": 0.17, "thing_quiz": 0.13, "step_quiz": 0.22},
-            **{
-                "choices": 0.03,
-                "step_choices": 0.08,
-                "choices_after": 0.03,
-                "step_choices_after": 0.07,
-                "claims": 0.02,
-            },
-            **{"binding": 0.07, "seen": 0.08, "fact": 0.04, "wish": 0.05, "story": 0.08, "plain": 0.03},
+            **{"truth_quiz": 0.14, "thing_quiz": 0.10, "step_quiz": 0.24},
+            **{"choices": 0.03, "step_choices": 0.06, "choices_after": 0.02, "step_choices_after": 0.09},
+            **{"claims": 0.02, "binding": 0.05, "seen": 0.09, "fact": 0.03, "wish": 0.04, "story": 0.07, "plain": 0.02},
         },
     ),
 )
+# What the pretraining curve tells of, in this order.
+SKILLS = ("wish", "story", "binding", "claims", "step_choices", "truth_quiz", "thing_quiz", "step_quiz")
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
@@ -157,6 +153,35 @@ def learning_rate(step: int, total: int) -> float:
     return PEAK_LEARNING_RATE * warmup * (FLOOR + (1 - FLOOR) * decay)
 
 
+@torch.inference_mode()
+def skills(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World, split: str, documents: int = 64
+) -> dict[str, float]:
+    """Kind of document -> share of its determined words that the model's most likely next word gets right.
+
+    The documents that look like questions ask about the things and activities of `split`; pretraining asked about
+    those of "train" alone.
+    """
+    asked = replace(
+        world,
+        things=world.things | {"train": world.things[split]},
+        activities=world.activities | {"train": world.activities[split]},
+    )
+    ids, found = tokenizer.get_vocab(), {}
+    for kind in SKILLS:
+        rng = random.Random(kind)
+        told_of = world if kind in ("wish", "story") else asked
+        rows = [document(told_of, {kind: 1.0}, rng)[: LENGTH - 1] for _ in range(documents)]
+        tokens = torch.full((documents, LENGTH), ids["<pad>"])
+        determined = torch.zeros(documents, LENGTH, dtype=torch.bool)
+        for i, words in enumerate(rows):
+            tokens[i, : len(words) + 1] = torch.tensor([ids["<s>"], *(ids[word] for word, _ in words)])
+            determined[i, 1 : len(words) + 1] = torch.tensor([mark == "^" for _, mark in words])
+        right = model(input_ids=tokens, use_cache=False).logits[:, :-1].argmax(-1) == tokens[:, 1:]
+        found[kind] = round(right[determined[:, 1:]].float().mean().item(), 3)
+    return found
+
+
 def pretrain(
     out: Path, stages: tuple[Stage, ...] = STAGES, threads: int = 2, compile: bool = False, progress: bool = True
 ) -> None:
@@ -183,8 +208,9 @@ def pretrain(
 
     plan = [stage for stage in stages for _ in range(stage.steps)]
     curve: list[dict] = []
+    learned: list[dict] = []
     state_file = out / "state.pt"
-    start = _restore(state_file, model, optimizers, text, curve, len(plan)) if state_file.exists() else 0
+    start = _restore(state_file, model, optimizers, text, curve, learned, len(plan)) if state_file.exists() else 0
     began = time.monotonic()
     bar = tqdm(
         range(start, len(plan)), initial=start, total=len(plan), disable=not progress, mininterval=5, unit="step"
@@ -208,7 +234,10 @@ def pretrain(
             curve.append({"step": step + 1, "stage": plan[step].name, "loss": round(determined, 4)})
             bar.set_postfix(stage=plan[step].name, loss=f"{determined:.3f}")
         if (step + 1) % 200 == 0:
-            _save_state(state_file, model, optimizers, text, curve, step + 1, len(plan))
+            learned.append(
+                {"step": step + 1, "stage": plan[step].name, **skills(model, tokenizer, world, "validation")}
+            )
+            _save_state(state_file, model, optimizers, text, curve, learned, step + 1, len(plan))
 
     model.half().save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
@@ -221,12 +250,15 @@ def pretrain(
         "torch": torch.__version__,
         "stages": [{"name": s.name, "steps": s.steps, "mixture": s.mixture} for s in stages],
         "curve": curve,
+        "skills": learned,
     }
     (out / "pretraining.json").write_text(json.dumps(made, indent=1) + "\n")
     state_file.unlink(missing_ok=True)
 
 
-def _save_state(file: Path, model, optimizers, text: Text, curve: list[dict], step: int, total: int) -> None:
+def _save_state(
+    file: Path, model, optimizers, text: Text, curve: list[dict], learned: list[dict], step: int, total: int
+) -> None:
     version, internal, gauss = text.rng.getstate()
     state = {
         "step": step,
@@ -236,12 +268,13 @@ def _save_state(file: Path, model, optimizers, text: Text, curve: list[dict], st
         "rng": [version, list(internal), gauss],
         "left_over": text.left_over,
         "curve": curve,
+        "skills": learned,
     }
     torch.save(state, file.with_suffix(".tmp"))
     file.with_suffix(".tmp").replace(file)
 
 
-def _restore(file: Path, model, optimizers, text: Text, curve: list[dict], total: int) -> int:
+def _restore(file: Path, model, optimizers, text: Text, curve: list[dict], learned: list[dict], total: int) -> int:
     """Take up a saved state; returns the step to go on from."""
     state = torch.load(file, weights_only=True)
     if state["total"] != total:
@@ -255,4 +288,5 @@ def _restore(file: Path, model, optimizers, text: Text, curve: list[dict], total
     text.rng.setstate((version, tuple(internal), gauss))
     text.left_over = [tuple(pair) for pair in state["left_over"]]
     curve.extend(state["curve"])
+    learned.extend(state["skills"])
     return state["step"]

@@ -1,0 +1,98 @@
+"""The command line as a user types it: what it prints, its exit codes, and what a stop leaves behind."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dora_lab.profiles import known_profiles, load_profile
+from dora_lab.records import read_records
+
+COMMAND = str(Path(sys.executable).with_name("dora-lab"))
+
+
+def _call(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+def test_profiles_lists_every_profile_with_what_it_is_for():
+    said = _call("profiles").stdout
+    for name in known_profiles():
+        assert f"{name} " in said and load_profile(name).summary in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["reproduce", "--profile", "mimi"], "choose one of"),
+        (["reproduce", "--method", "dorra"], "choose one of"),
+        (["reproduce", "--rank", "0"], "--rank"),
+        (["reproduce", "--seed", "3"], "No such option"),
+        (["reproduce", "--seeds", "0"], "--seeds"),
+        (["sweep", "--profile", "nowhere.yaml"], "nowhere.yaml"),
+        (["record", "--profile", "mimi"], "choose one of"),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_exit_code_2(tmp_path, arguments, named):
+    done = _call(*arguments, "--runs-dir", tmp_path)
+    assert done.returncode == 2
+    assert named in done.stderr and "Traceback" not in done.stderr
+
+
+def test_recording_without_runs_says_what_to_run_first(tmp_path):
+    done = _call("record", "--profile", "smoke", "--runs-dir", tmp_path)
+    assert done.returncode == 2 and "dora-lab reproduce" in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = _call("reproduce", "--profile", "smoke", "--runs-dir", tmp_path / "file" / "runs")
+    assert done.returncode == 2 and str(tmp_path / "file") in done.stderr
+
+
+@pytest.fixture(scope="module")
+def two_runs(tiny_profile, tmp_path_factory) -> Path:
+    """A profile of two runs, long enough to be stopped between its checkpoints."""
+    values = yaml.safe_load(tiny_profile.read_text())
+    values |= {"name": "two", "tasks": ["boolq"], "methods": ["lora", "dora"], "steps": {"boolq": 60}, "seeds": [0]}
+    path = tmp_path_factory.mktemp("two") / "two.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_grid_goes_on_and_keeps_what_was_finished(two_runs, tmp_path, stop):
+    call = ["reproduce", "--profile", str(two_runs), "--jobs", "1", "--runs-dir", str(tmp_path)]
+    process = subprocess.Popen([COMMAND, *call], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = time.monotonic()
+    while not list(tmp_path.glob("two/*/record.json")):
+        assert process.poll() is None and time.monotonic() - started < 120
+        time.sleep(0.1)
+    os.kill(process.pid, stop)
+    said, _ = process.communicate(timeout=60)
+    first = next(tmp_path.glob("two/*/record.json"))
+    before = first.stat().st_mtime_ns
+    if stop == signal.SIGINT:
+        assert process.returncode == 130 and "goes on from here" in said
+
+    again = _call(*call)
+    assert again.returncode == 0, again.stderr
+    assert "done before" in again.stdout and first.stat().st_mtime_ns == before
+    records, damaged = read_records(tmp_path / "two")
+    assert len(records) == 2 and not damaged
+    figures = tmp_path / "two" / "figures"
+    assert {"results.md", "results.csv", "results.png", "results.svg"} <= {path.name for path in figures.iterdir()}
+
+    unbroken = tmp_path / "unbroken"
+    assert _call(*call[:-1], unbroken).returncode == 0
+    for record in records:
+        name = f"two/{record.spec.run_id}/predictions.jsonl"
+        assert (tmp_path / name).read_bytes() == (unbroken / name).read_bytes()
+    shutil.rmtree(unbroken)
