@@ -75,20 +75,21 @@ def sweep(
     runs_dir: RunsOption = Path("runs"),
 ) -> None:
     """Try every method at every rate of the profile's grid on validation data; print the best rates. Resumes."""
-    from dora_lab import pipeline
+    from dora_lab.pipeline import preflight
     from dora_lab.profiles import load_profile
+    from dora_lab.sweep import SWEEP, best_rates, run_sweep, sweep_specs
 
     try:
         loaded = load_profile(profile)
-        pipeline.preflight(runs_dir)
-        rows = pipeline.run_sweep(pipeline.sweep_specs(loaded), runs_dir, jobs, typer.echo)
-        chosen = pipeline.best_rates(rows)
+        preflight(runs_dir)
+        rows = run_sweep(sweep_specs(loaded), runs_dir, jobs, typer.echo)
+        chosen = best_rates(rows)
     except (ValueError, OSError) as error:
         _fail(error)
     except KeyboardInterrupt:
         typer.echo("interrupted: finished runs are kept; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"all scores: {runs_dir / loaded.name / pipeline.SWEEP}; the best mean of each, for the profile:")
+    typer.echo(f"all scores: {runs_dir / loaded.name / SWEEP}; the best mean of each, for the profile:")
     typer.echo("learning_rate:")
     for method in sorted(loaded.learning_rate):
         rates = ", ".join(f"{task}: {chosen[method, task]:.1e}" for task in loaded.tasks)

@@ -54,7 +54,7 @@ PAPER_CORRELATION = {"full": -0.62, "lora": 0.83, "dora": -0.31}
 _LAYER_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
 _MARKERS = "os^DvPX*"
 _METHOD_HATCHES = {"lora": "", "dora": "..", "full": "\\\\", "dora-magnitude": "++"}
-_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6}
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6}
 
 
 # --- bars: the report's Figure 3 --------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def results_bars(records: Sequence, published: Mapping, failures: Sequence[Mappi
     for row in quoted_rows(published):
         extra = "" if row["row"].startswith("paper") else "///"
         quoted.append((_look(row["method"], extra, row["row"]), row["accuracy"]))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharey=True)
@@ -198,7 +198,7 @@ def geometry_scatter(rows: Sequence[Mapping]) -> Figure:
     both = geometry_correlations(rows).query("module == 'both'").set_index("method")
     keys = ["method", "module", "layer", "checkpoint"]
     means = frame.groupby(keys)[["delta_magnitude", "delta_direction"]].mean().reset_index()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.5 * len(methods) + 0.4, 4.3), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(methods), squeeze=False)[0]

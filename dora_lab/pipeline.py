@@ -1,7 +1,5 @@
 """The grid of runs through papermill: one process a run, resumable, failures named and not hidden."""
 
-import csv
-import multiprocessing
 import os
 import shutil
 import signal
@@ -9,8 +7,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,13 +26,12 @@ from dora_lab.records import (
     write_failure,
 )
 from dora_lab.statistics import correct_by_id
+from dora_lab.sweep import SWEEP
 from dora_lab.tables import compared_with_recorded
 
 WORKER = PROJECT / "notebooks" / "07_fine_tune.ipynb"
 RESULT_CHAPTERS = ("08_results", "09_update_geometry")
 RECORDED = PROJECT / "data" / "results"
-SWEEP = "sweep.csv"
-SWEEP_COLUMNS = ("task", "method", "rank", "learning_rate", "seed", "accuracy", "run_id")
 NEEDED_BYTES = 200 * 2**20  # free disk below which a grid is not started
 KEPT = ("record.json", "predictions.jsonl", "curve.jsonl", "geometry.jsonl", "failure.json")
 
@@ -81,104 +77,6 @@ def of_profile(profile: Profile, records: Iterable[RunRecord]) -> list[RunRecord
             if spec.run_id == RunSpec.from_profile(profile, spec.task, spec.method, spec.rank, spec.seed).run_id:
                 kept.append(record)
     return kept
-
-
-def sweep_specs(profile: Profile, methods: list[str] | None = None) -> list[RunSpec]:
-    """Every task x method x rate of the profile's one grid x sweep seed, scored on validation data."""
-    return [
-        RunSpec.from_profile(profile, task, method, seed=seed, learning_rate=rate, split="validation")
-        for task in profile.tasks
-        for method in (methods or sorted(profile.learning_rate))
-        for rate in profile.learning_rate_grid
-        for seed in profile.sweep_seeds
-    ]
-
-
-def run_sweep(
-    specs: list[RunSpec], runs_dir: Path, jobs: int | None = None, report: Callable[[str], None] = print
-) -> list[dict]:
-    """Do the sweep's runs that are not done and write `<runs_dir>/<profile>/sweep.csv`; returns its rows.
-
-    The runs are done in worker processes without papermill. A run that failed (a rate too high, say) has no accuracy
-    in its row. Ctrl-C keeps what is finished.
-    """
-    waiting = [spec for spec in specs if not is_done(run_folder(runs_dir, spec))]
-    report(f"{len(specs)} runs: {len(specs) - len(waiting)} done before, {len(waiting)} to do")
-    jobs = jobs or max(1, (os.cpu_count() or 1) // specs[0].threads)
-    context = multiprocessing.get_context("spawn")
-    began = time.monotonic()
-    with ProcessPoolExecutor(jobs, context, _be_a_worker, (specs[0].threads,)) as pool:
-        try:
-            started = {pool.submit(_finetune_quietly, spec, runs_dir): spec for spec in waiting}
-            for count, future in enumerate(as_completed(started), 1):
-                spec, outcome = started[future], future.result()
-                minutes = (time.monotonic() - began) / count * (len(waiting) - count) / 60
-                report(
-                    f"[{count}/{len(waiting)}] {spec.task} {spec.method} at {spec.learning_rate:g}, seed {spec.seed}: "
-                    f"{outcome}; about {minutes:.0f} min left"
-                )
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    rows = []
-    for spec in specs:
-        folder = run_folder(runs_dir, spec)
-        row = {name: getattr(spec, name) for name in SWEEP_COLUMNS if name != "accuracy"}
-        rows.append(row | {"accuracy": read_record(folder).result.accuracy if is_done(folder) else None})
-    folder = runs_dir / specs[0].profile
-    prepare_folder(folder)
-    write_sweep(rows, folder / SWEEP)
-    return rows
-
-
-def write_sweep(rows: list[dict], path: Path) -> None:
-    """Write the rows of a sweep as CSV, by rename."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, SWEEP_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
-
-
-def read_sweep(path: Path) -> list[dict]:
-    """Rows of a `sweep.csv`: task, method, rank, learning_rate, seed, accuracy (None for a failed run), run_id."""
-    with Path(path).open(newline="") as file:
-        return [
-            {
-                **row,
-                "rank": int(row["rank"]) if row["rank"] else None,
-                "learning_rate": float(row["learning_rate"]),
-                "seed": int(row["seed"]),
-                "accuracy": float(row["accuracy"]) if row["accuracy"] else None,
-            }
-            for row in csv.DictReader(file)
-        ]
-
-
-def best_rates(rows: Iterable[Mapping]) -> dict[tuple[str, str], float]:
-    """(method, task) -> the rate of the best mean validation accuracy over seeds; ties go to the lower rate.
-
-    A rate at which a run failed cannot be chosen. Raises ValueError if methods were not given the same trials on a
-    task, or if no rate of a method is left.
-    """
-    found: dict[tuple[str, str], dict[float, list[float | None]]] = defaultdict(lambda: defaultdict(list))
-    trials: dict[tuple[str, str], set[tuple[float, int]]] = defaultdict(set)
-    for row in rows:
-        key = (row["method"], row["task"])
-        found[key][row["learning_rate"]].append(row["accuracy"])
-        trials[key].add((row["learning_rate"], row["seed"]))
-    for (method, task), tried in trials.items():
-        for (other, same_task), others in trials.items():
-            if same_task == task and others != tried:
-                raise ValueError(f"{method} and {other} were not given the same trials on {task}: run the whole sweep")
-    chosen = {}
-    for key, rates in found.items():
-        means = {rate: sum(values) / len(values) for rate, values in rates.items() if None not in values}
-        if not means:
-            raise ValueError(f"every learning rate failed for {key[0]} on {key[1]}: give a grid with lower rates")
-        chosen[key] = min(means, key=lambda rate: (-means[rate], rate))
-    return chosen
 
 
 def answers_of(runs_dir: Path, records: Iterable[RunRecord]) -> dict[tuple[str, str], dict[int, dict[str, bool]]]:
@@ -327,24 +225,6 @@ def _start(profile_name: str, spec: RunSpec, runs_dir: Path) -> subprocess.Popen
     return subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=PROJECT, start_new_session=True
     )
-
-
-def _be_a_worker(threads: int) -> None:
-    """Set up a sweep's worker."""
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-
-
-def _finetune_quietly(spec: RunSpec, runs_dir: Path) -> str:
-    """Do one run of a sweep; returns its accuracy or its error as text."""
-    from dora_lab.training import finetune
-
-    try:
-        record = finetune(spec, runs_dir, progress=False)
-    except (ValueError, OSError) as error:
-        return f"failed: {error}"
-    for name in ("adapter", "model"):  # a sweep asks for a score only
-        shutil.rmtree(run_folder(runs_dir, spec) / name, ignore_errors=True)
-    return f"{record.result.accuracy:.3f}"
 
 
 def _error(process: subprocess.Popen, spec: RunSpec, runs_dir: Path) -> str | None:
