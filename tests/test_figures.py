@@ -350,3 +350,34 @@ def test_show_puts_the_alt_text_where_a_notebook_keeps_it(monkeypatch):
     assert options == {"metadata": {"image/png": {"alt": "what it shows"}}, "raw": True}
     assert data["text/plain"] == "what it shows" and data["image/png"].startswith("iVBORw0KGgo")
     json.dumps(data)
+
+
+# --- differences and comparisons
+
+
+def _answers(*right):
+    return {f"q{i}": bool(value) for i, value in enumerate(right)}
+
+
+def test_the_difference_is_paired_and_worded_by_its_interval():
+    mostly, half = _answers(*[1] * 60), _answers(*[1, 0] * 30)
+    answers = {("boolq", "dora"): {s: mostly for s in range(3)}, ("boolq", "lora"): {s: half for s in range(4)}}
+    answers |= {("winogrande", "dora"): {0: half}, ("winogrande", "lora"): {0: half}, ("hellaswag", "dora"): {0: half}}
+    boolq, winogrande = tables.difference_notes(answers)
+    assert "BoolQ: +50.0 points" in boolq and "3 seeds, 60 questions" in boolq and boolq.endswith("DoRA is ahead.")
+    assert "WinoGrande: +0.0 points" in winogrande and winogrande.endswith("no difference shown.")
+    assert "two runs, not of two methods" in winogrande
+
+
+def test_live_runs_are_set_beside_recorded_ones_of_the_same_cell():
+    live = make_records((("lora", 4), ("dora", 8)), seeds=2)
+    lines = tables.compared_with_recorded(live, RECORDS)
+    assert len(lines) == 3  # DoRA of another rank is another experiment
+    for line, task in zip(lines, TASKS, strict=True):
+        ours = [100 * r.result.accuracy for r in live if (r.spec.task, r.spec.method) == (task, "lora")]
+        theirs = [100 * r.result.accuracy for r in RECORDS if (r.spec.task, r.spec.method) == (task, "lora")]
+        mean = sum(ours) / 2
+        assert f"live {mean:.1f} (2 seeds)" in line and f"from {min(theirs):.1f} to {max(theirs):.1f}" in line
+        assert ("inside" in line) == (min(theirs) <= mean <= max(theirs))
+        equal = sum(a == b for a, b in zip(ours, theirs, strict=False))
+        assert f"{equal} of 2 common seeds equal" in line

@@ -131,6 +131,6 @@ def test_a_failed_install_is_tried_again(bare_clone):
 
 def test_an_old_python_is_named(bare_clone):
     fake = bare_clone / "fake-python"
-    fake.write_text(f"#!/bin/sh\nexec {sys.executable} -c \"import sys; sys.version_info = (3, 9, 1); $2\"\n")
+    fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 9, 1); $2"\n')
     done = make(bare_clone, "lint", f"PYTHON={fake}")
     assert done.returncode != 0 and "Python 3.11 or newer is needed" in done.stderr and "3.9" in done.stderr
