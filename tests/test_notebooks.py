@@ -5,7 +5,7 @@ import re
 import nbformat
 import pytest
 
-from dora_lab.pipeline import RECORDED, RESULT_CHAPTERS, run_chapter
+from dora_lab.pipeline import RESULT_CHAPTERS, run_chapter
 from dora_lab.profiles import PROJECT
 
 CHAPTERS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -58,8 +58,3 @@ def test_a_chapter_runs_headless_on_the_mini_profile(name, tmp_path):
     run_chapter(name, tmp_path / "out.ipynb", **parameters)
     done = nbformat.read(tmp_path / "out.ipynb", as_version=4)
     assert all(cell.execution_count for cell in done.cells if cell.cell_type == "code" and cell.source.strip())
-
-
-@pytest.mark.parametrize("name", RESULT_CHAPTERS)
-def test_the_result_chapters_have_recorded_runs_to_read(name):
-    assert list((RECORDED / "mini").glob("*/record.json"))
