@@ -13,15 +13,28 @@ together, m adds 4,096, and W0 has 16,777,216. Adapter parameters are float32 (f
 """
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_lab import geometry
+from dora_lab.kernels import (
+    NormCache,
+    dora_correction,
+    dora_product,
+    features_of,
+    is_fresh,
+    is_linear,
+    weight_of,
+    without_bias,
+)
 
 METHODS = ("full", "lora", "dora", "dora-magnitude")
+DROPOUTS = ("low-rank", "faithful")
+KERNELS = ("fast", "reference")
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
@@ -32,6 +45,10 @@ class AdapterConfig:
     method: `full` (train everything), `lora`, `dora`, `dora-magnitude` (train m only; directions stay W0's).
     dropout: probability, on what the adapter reads; the frozen layer itself always reads all of x.
     target_modules: names of linear layers, matched as PEFT does: the whole name, or all that follows a dot.
+    rank_pattern, alpha_pattern: {regular expression for the end of a module's name: its rank or alpha}, as PEFT's.
+    use_rslora: s = alpha / √rank (arXiv 2312.03732) instead of alpha / rank.
+    magnitude_only: targets of a `dora` model that get m and no low-rank matrices (the paper's Table 6).
+    dropout_on: "low-rank" or "faithful"; kernel: "fast" or "reference". See `DoRALinear`.
     Raises ValueError for values that make no adapter.
     """
 
@@ -40,6 +57,12 @@ class AdapterConfig:
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: tuple[str, ...] = LLAMA_TARGETS
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    magnitude_only: tuple[str, ...] = ()
+    dropout_on: str = "low-rank"
+    kernel: str = "fast"
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -57,14 +80,35 @@ class AdapterConfig:
             raise ValueError(
                 f"target_modules must be a list of layer names such as q_proj, v_proj, got {self.target_modules!r}"
             )
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))  # a list from a YAML or JSON file
+        if self.magnitude_only and self.method != "dora":
+            raise ValueError(f"magnitude_only is for method 'dora', got {self.method!r}")
+        for name, value, known in (("dropout_on", self.dropout_on, DROPOUTS), ("kernel", self.kernel, KERNELS)):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: choose {' or '.join(known)}")
+        for name, rank in self.rank_pattern.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"rank_pattern: the rank of {name!r} must be a whole number above 0, got {rank!r}")
+        for name in ("target_modules", "magnitude_only"):  # a list from a YAML or JSON file
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def scaling(self) -> float:
-        """s = alpha / rank. Raises ValueError for a method without low-rank matrices."""
+        """s = alpha / rank, or alpha / √rank. Raises ValueError for a method without low-rank matrices."""
         if self.rank is None:
             raise ValueError(f"method {self.method!r} has no low-rank matrices, so no scaling")
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def of_module(self, name: str) -> "AdapterConfig":
+        """The configuration of one module: its own method, rank and alpha where a pattern or `magnitude_only` says."""
+        if any(_is_named(name, target) for target in self.magnitude_only):
+            return replace(self, method="dora-magnitude", rank=None, alpha=None, magnitude_only=())
+        if self.rank is None:
+            return self
+        rank, alpha = (
+            next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+            for pattern, default in ((self.rank_pattern, self.rank), (self.alpha_pattern, self.alpha))
+        )
+        return replace(self, rank=rank, alpha=alpha)
 
 
 def lora_weight(base_weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -95,10 +139,10 @@ def dora_weight(
 class LoRALinear(nn.Module):
     """y = x·W0ᵀ + bias + s·x̃·Aᵀ·Bᵀ around a frozen linear layer, x̃ = dropout(x). x: (..., in), y: (..., out)."""
 
-    def __init__(self, base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None):
+    def __init__(self, base: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.base, self.scaling, self.dropout = base, config.scaling, nn.Dropout(config.dropout)
-        self.lora_A, self.lora_B = _low_rank_pair(base.weight, config.rank, generator)
+        self.lora_A, self.lora_B = _low_rank_pair(base, config.rank, generator)
         self.merged = False
         self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while merged
 
@@ -106,30 +150,36 @@ class LoRALinear(nn.Module):
         result = self.base(x)  # (..., out)
         if self.merged:
             return result
-        dropped = self.dropout(x.to(self.lora_A.dtype))  # (..., in)
-        update = self.scaling * F.linear(F.linear(dropped, self.lora_A), self.lora_B)  # (..., rank) -> (..., out)
-        return (result + update).to(result.dtype)
+        hidden = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (..., in) -> (..., rank)
+        return (result + F.linear(hidden, self.scaling * self.lora_B)).to(result.dtype)  # (..., rank) -> (..., out)
 
     def effective_weight(self) -> Tensor:
         """W' = W0 + s·B·A, (out, in); while merged, what the base weight holds."""
         if self.merged:
-            return self.base.weight.to(self.lora_A.dtype)
-        return lora_weight(self.base.weight, self.lora_A, self.lora_B, self.scaling)
+            return weight_of(self.base).to(self.lora_A.dtype)
+        return lora_weight(weight_of(self.base), self.lora_A, self.lora_B, self.scaling)
 
 
 class DoRALinear(nn.Module):
     """Eq. 5 without building W': y = g·(x·W0ᵀ + s·x·Aᵀ·Bᵀ) + bias with the gain g = m/‖W0 + s·B·A‖, one per output.
 
-    It is computed as y = (x·W0ᵀ + bias) + (g - 1)·x̃·W0ᵀ + g·s·x̃·Aᵀ·Bᵀ, x̃ = dropout(x), for two reasons: with B = 0 and
-    m = ‖W0‖ the base output comes out bit for bit, and dropout then means what it means in NVlabs' code and in PEFT.
-    x: (..., in), y: (..., out).
+    x: (..., in), y: (..., out). Where dropout acts is `config.dropout_on`, x̃ = dropout(x):
+
+    "low-rank" (the default)    y = g·(x·W0ᵀ + s·x̃·Aᵀ·Bᵀ) + bias. One product with W0.
+    "faithful"                  y = (x·W0ᵀ + bias) + (g - 1)·x̃·W0ᵀ + g·s·x̃·Aᵀ·Bᵀ. Two products with W0 while training.
+
+    NVlabs' code and PEFT are "faithful", so the paper's tables and everything trained with PEFT used that one. Without
+    dropout and in evaluation the two are the same. `kernel` "fast" is `kernels.dora_product` with its kept norm,
+    "reference" is `reference` below, line for line the formula.
     """
 
-    def __init__(self, base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None):
+    def __init__(self, base: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.base, self.scaling, self.dropout = base, config.scaling, nn.Dropout(config.dropout)
-        self.lora_A, self.lora_B = _low_rank_pair(base.weight, config.rank, generator)
-        self.magnitude = nn.Parameter(geometry.magnitude(base.weight.detach()))  # (out,)
+        self.faithful, self.fast = config.dropout_on == "faithful", config.kernel == "fast"
+        self.lora_A, self.lora_B = _low_rank_pair(base, config.rank, generator)
+        self.magnitude = nn.Parameter(geometry.magnitude(weight_of(base)).to(self.lora_A.dtype))  # (out,)
+        self.cache = NormCache()
         self.merged = False
         self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while merged
 
@@ -137,26 +187,52 @@ class DoRALinear(nn.Module):
         result = self.base(x)  # (..., out)
         if self.merged:
             return result
-        norm = dora_norm(lora_weight(self.base.weight, self.lora_A, self.lora_B, self.scaling))  # (out,), a constant
-        gain = self.magnitude / norm  # (out,)
         dropped = self.dropout(x.to(self.lora_A.dtype))  # (..., in)
+        if not self.fast:
+            norm = dora_norm(lora_weight(weight_of(self.base), self.lora_A, self.lora_B, self.scaling))  # (out,)
+            return self.reference(result, dropped, norm)
+        norm = self.cache.norm(self.base, self.lora_A, self.lora_B, self.scaling)  # (out,), a constant
+        if torch.compiler.is_compiling():
+            return self.reference(result, dropped, norm)
+        hidden = F.linear(dropped, self.lora_A)  # (..., rank)
+        if self.faithful and self.training and self.dropout.p > 0:
+            gain = self.magnitude / norm  # (out,)
+            return dora_correction(self.base, result, dropped, hidden, self.lora_B, gain, self.scaling)
+        zeros = self.cache.zero_rows(self.magnitude)
+        return dora_product(
+            result, hidden, self.lora_B, self.magnitude, norm, self.scaling, self.base.bias, zeros, is_fresh(self.base)
+        )
+
+    def reference(self, result: Tensor, dropped: Tensor, norm: Tensor) -> Tensor:
+        """y from result = x·W0ᵀ + bias (..., out), x̃ (..., in) and the norm (out,), by plain autograd.
+
+        Written as a correction of `result`: with B = 0 and m = ‖W0‖ the base output comes out bit for bit.
+        """
+        gain = self.magnitude / norm  # (out,)
+        base_product = result if self.base.bias is None else result - self.base.bias  # (..., out)
+        if self.faithful and self.training and self.dropout.p > 0:
+            base_product = without_bias(self.base, dropped.to(result.dtype))  # (..., out): x̃·W0ᵀ
         update = self.scaling * F.linear(F.linear(dropped, self.lora_A), self.lora_B)  # (..., rank) -> (..., out)
-        return (result + (gain - 1) * _base_product(self, result, dropped) + gain * update).to(result.dtype)
+        return (result + (gain - 1) * base_product + gain * update).to(result.dtype)
 
     def effective_weight(self) -> Tensor:
         """W' of Eq. 5, (out, in), its row norms |m|; while merged, what the base weight holds."""
         if self.merged:
-            return self.base.weight.to(self.lora_A.dtype)
-        return dora_weight(self.base.weight, self.magnitude, self.lora_A, self.lora_B, self.scaling)
+            return weight_of(self.base).to(self.lora_A.dtype)
+        return dora_weight(weight_of(self.base), self.magnitude, self.lora_A, self.lora_B, self.scaling)
 
 
 class MagnitudeLinear(nn.Module):
-    """DoRA with B = 0 for good, m alone trained: y = g·x·W0ᵀ + bias, g = m/‖W0‖. x: (..., in), y: (..., out)."""
+    """DoRA with B = 0 for good, m alone trained: y = g·x·W0ᵀ + bias, g = m/‖W0‖. x: (..., in), y: (..., out).
 
-    def __init__(self, base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None):
+    Dropout acts under `dropout_on="faithful"` only: there is no low-rank path. See `DoRALinear`.
+    """
+
+    def __init__(self, base: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None):
         super().__init__()
-        self.base, self.dropout = base, nn.Dropout(config.dropout)
-        self.magnitude = nn.Parameter(geometry.magnitude(base.weight.detach()))  # (out,)
+        self.base, self.dropout = base, nn.Dropout(config.dropout if config.dropout_on == "faithful" else 0.0)
+        self.magnitude = nn.Parameter(geometry.magnitude(weight_of(base)))  # (out,)
+        self.cache = NormCache()
         self.merged = False
         self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while merged
 
@@ -164,15 +240,17 @@ class MagnitudeLinear(nn.Module):
         result = self.base(x)  # (..., out)
         if self.merged:
             return result
-        gain = self.magnitude / dora_norm(self.base.weight)  # (out,)
-        dropped = self.dropout(x.to(self.magnitude.dtype))  # (..., in)
-        return (result + (gain - 1) * _base_product(self, result, dropped)).to(result.dtype)
+        gain = self.magnitude / self.cache.norm(self.base, None, None, 1.0)  # (out,)
+        if self.training and self.dropout.p > 0:
+            base_product = without_bias(self.base, self.dropout(x))  # (..., out)
+        else:
+            base_product = result if self.base.bias is None else result - self.base.bias  # (..., out)
+        return (result + (gain - 1) * base_product).to(result.dtype)
 
     def effective_weight(self) -> Tensor:
         """W' = m · W0 / ‖W0‖, (out, in); while merged, what the base weight holds."""
-        if self.merged:
-            return self.base.weight.to(self.magnitude.dtype)
-        return (self.magnitude / dora_norm(self.base.weight))[:, None] * self.base.weight
+        weight = weight_of(self.base).to(self.magnitude.dtype)
+        return weight if self.merged else (self.magnitude / dora_norm(weight))[:, None] * weight
 
 
 Adapter = LoRALinear | DoRALinear | MagnitudeLinear
@@ -181,6 +259,7 @@ Adapter = LoRALinear | DoRALinear | MagnitudeLinear
 def attach(model: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> nn.Module:
     """Freeze `model` and put an adapter around every linear layer that `config` names; returns the model, changed.
 
+    nn.Linear, GPT-2's Conv1D, and bitsandbytes' Linear8bitLt and Linear4bit can be adapted.
     The output is the base model's until the first step. Method `full` makes every parameter trainable instead. A CPU
     `generator` with the same seed gives the same adapters on every device. Raises ValueError, naming the module, and
     changes nothing: see `find_targets`; a model that is adapted already.
@@ -189,38 +268,49 @@ def attach(model: nn.Module, config: AdapterConfig, generator: torch.Generator |
         raise ValueError(f"this model is adapted already ({model.adapter_config.method}): load the base model anew")
     targets = find_targets(model, config)
     model.requires_grad_(config.method == "full")
-    layer = {"lora": LoRALinear, "dora": DoRALinear, "dora-magnitude": MagnitudeLinear}.get(config.method)
+    layers = {"lora": LoRALinear, "dora": DoRALinear, "dora-magnitude": MagnitudeLinear}
     for name, linear in targets.items():
-        model.set_submodule(name, layer(linear, config, generator).train(linear.training))
+        own = config.of_module(name)
+        model.set_submodule(name, layers[own.method](linear, own, generator).train(linear.training))
     model.adapter_config = config
     return model
 
 
-def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Linear]:
+def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     """The linear layers that `config` names, by their names in `model`; none for method `full`.
 
-    Raises ValueError for a target that is not in the model, a module that is no linear layer, and a rank above
-    min(in, out).
+    Raises ValueError for a target that is not in the model, a module that is no linear layer or is an adapter's, and a
+    rank above min(in, out).
     """
     if config.method == "full":
         return {}
-    found = {}
+    modules, found = dict(model.named_modules()), {}
     for target in config.target_modules:
-        matches = {name: m for name, m in model.named_modules() if name == target or name.endswith("." + target)}
+        matches = {name: module for name, module in modules.items() if _is_named(name, target)}
         if not matches:
-            linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            linear = sorted({name.rpartition(".")[2] for name, module in modules.items() if is_linear(module)})
             raise ValueError(f"target module {target!r} is not in the model: its linear layers are {', '.join(linear)}")
         found |= matches
+    for target in config.magnitude_only:
+        if not any(_is_named(name, target) for name in found):
+            raise ValueError(f"magnitude_only names {target!r}, which is not among the target modules: add it to them")
     for name, module in found.items():
-        if not isinstance(module, nn.Linear):
+        if isinstance(module, Adapter):
+            raise ValueError(f"target module {name} is adapted already: load the base model anew")
+        if not is_linear(module):
             raise ValueError(f"target module {name} is a {type(module).__name__}: only linear layers can be adapted")
-        largest = min(module.in_features, module.out_features)
-        if config.rank is not None and config.rank > largest:
+        out_features, in_features = features_of(module)
+        rank, largest = config.of_module(name).rank, min(in_features, out_features)
+        if rank is not None and rank > largest:
             raise ValueError(
-                f"rank {config.rank} is too large for module {name} ({module.in_features} -> {module.out_features}): "
+                f"rank {rank} is too large for module {name} ({in_features} -> {out_features}): "
                 f"choose a rank of at most {largest}"
             )
-    return {name: module for name, module in model.named_modules() if name in found}  # in the model's own order
+    return {name: module for name, module in modules.items() if name in found}  # in the model's own order
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapter]:
@@ -237,13 +327,22 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 def merge(model: nn.Module) -> nn.Module:
     """Put each adapter's W' into its linear layer, so that a forward costs what the base model's costs.
 
-    W0 is kept beside it for `unmerge`. Raises ValueError if the model has no adapters or they are merged already.
+    W' is made in float32 and rounded to the layer's precision; W0 is kept beside it for `unmerge`. Raises ValueError,
+    and changes nothing, if the model has no adapters, they are merged already, or a layer is quantised: W' put back
+    into 4 or 8 bits would lose most of what was learned to rounding.
     """
-    for module in _adapters_in_state(model, merged=False).values():
-        effective_weight = module.effective_weight().to(module.base.weight.dtype)  # (out, in)
+    modules = _adapters_in_state(model, merged=False)
+    for name, module in modules.items():
+        if not module.base.weight.is_floating_point():
+            raise ValueError(
+                f"module {name} is quantised ({type(module.base).__name__}): merging would round the adapter away with "
+                "the weight; leave it unmerged, or load the base in 16 or 32 bits and load the adapter into that"
+            )
+    for module in modules.values():
+        merged = module.effective_weight().to(module.base.weight.dtype)  # (out, in)
         module.unmerged_weight = module.base.weight.data
-        module.base.weight.data = effective_weight
-        module.merged = True
+        module.base.weight.data = merged.T.contiguous() if type(module.base).__name__ == "Conv1D" else merged
+        _set_merged(module, True)
     return model
 
 
@@ -252,23 +351,23 @@ def unmerge(model: nn.Module) -> nn.Module:
     for module in _adapters_in_state(model, merged=True).values():
         module.base.weight.data = module.unmerged_weight
         module.unmerged_weight = None
-        module.merged = False
+        _set_merged(module, False)
     return model
 
 
-def _low_rank_pair(weight: Tensor, rank: int, generator: torch.Generator | None) -> tuple[nn.Parameter, nn.Parameter]:
+def _set_merged(module: Adapter, merged: bool) -> None:
+    module.merged = merged
+    if hasattr(module, "cache"):
+        module.cache.forget()
+
+
+def _low_rank_pair(base: nn.Module, rank: int, generator: torch.Generator | None) -> tuple[nn.Parameter, nn.Parameter]:
     """A (rank, in) Kaiming-uniform with a=√5, drawn on the CPU, and B (out, rank) zeros, as LoRA starts."""
-    out_features, in_features = weight.shape
-    options = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+    out_features, in_features = features_of(base)
+    double = base.weight.dtype == torch.float64
+    options = {"device": base.weight.device, "dtype": torch.float64 if double else torch.float32}
     start = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5), generator=generator)
     return nn.Parameter(start.to(**options)), nn.Parameter(torch.zeros(out_features, rank, **options))
-
-
-def _base_product(module: DoRALinear | MagnitudeLinear, result: Tensor, dropped: Tensor) -> Tensor:
-    """x̃·W0ᵀ, (..., out): a second product where dropout made x̃ differ from x, else `result` without its bias."""
-    if module.training and module.dropout.p > 0:
-        return F.linear(dropped, module.base.weight.to(dropped.dtype))
-    return result if module.base.bias is None else result - module.base.bias
 
 
 def _adapters_in_state(model: nn.Module, merged: bool) -> dict[str, Adapter]:

@@ -6,7 +6,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dora_lab.figures import METHOD_COLOURS, STYLE
+from dora_lab.figures import METHOD_COLOURS, STYLE, drawn_limits
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES, cells_of, percent_interval, tasks_of
 
 SKILL_NAMES = {
@@ -70,9 +70,8 @@ def accuracy_by_rank(records: Sequence) -> Figure:
             for method, marker in (("lora", "o"), ("dora", "s")):
                 ranks, found = _by_rank(cells, task, method)
                 means = [interval.estimate for interval in found]
-                widths = [0 if interval.seeds == 1 else interval.half_width for interval in found]
                 look = {"color": METHOD_COLOURS[method], "marker": marker, "label": METHOD_NAMES[method]}
-                axes.errorbar(ranks, means, widths, capsize=3, ms=5, lw=1.2, **look)
+                axes.errorbar(ranks, means, drawn_limits(found), capsize=3, ms=5, lw=1.2, **look)
             full = cells.get((task, "full", None))
             if full:
                 level = percent_interval(full).estimate

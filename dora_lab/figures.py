@@ -98,7 +98,7 @@ def results_bars(records: Sequence, published: Mapping, failures: Sequence[Mappi
                 chance = 100 * cell["chance"]
                 right.plot([place - 0.46, place + 0.46], [chance, chance], "--", color="black", lw=1, zorder=3)
         if cells:
-            looks += [_key("o", "black", "one seed", face="white"), _key("|", "black", "95 % over seeds")]
+            looks += [_key("o", "black", "one seed", face="white"), _key("|", "black", "95 % over seeds, cut at 100")]
             looks.append(Line2D([], [], ls="--", color="black", lw=1, label="chance"))
         _finish(left, f"Published: {PUBLISHED_MODEL} on the real tasks", tasks, [look for look, _ in quoted], 2)
         _finish(right, f"These runs: {model_of(records, 'none yet')}", tasks, looks, 3)
@@ -136,14 +136,23 @@ def _bar(axis: Axes, x: float, width: float, look: Patch, value: Interval, dots:
     axis.bar(x, value.estimate, width, fc=look.get_facecolor(), ec="black", lw=0.6, hatch=look.get_hatch())
     top = value.estimate
     if not math.isnan(value.half_width):
-        axis.errorbar(x, value.estimate, value.half_width, color="black", capsize=3, lw=1.2, zorder=4)
-        top = value.high
+        axis.errorbar(x, value.estimate, drawn_limits([value]), color="black", capsize=3, lw=1.2, zorder=4)
+        top = min(100.0, value.high)
     spread = np.linspace(-0.3, 0.3, len(dots)) * width if len(dots) > 1 else np.zeros(len(dots))
     axis.plot(x + spread, dots, "o", ms=2.8, mfc="white", mec="black", mew=0.6, zorder=3)
     top = max([top, *dots])
     axis.text(
         x, top + 1.2, f"{value.estimate:.1f}", ha="center", va="bottom", fontsize=7 if width > 0.16 else 6, zorder=5
     )
+
+
+def drawn_limits(intervals: Sequence[Interval]) -> list[list[float]]:
+    """[down, up]: lengths of the error bars of percentages. A limit of Student's t may lie past 0 or 100: cut there."""
+    widths = [(i.estimate, i.estimate) if math.isnan(i.half_width) else (i.low, i.high) for i in intervals]
+    return [
+        [i.estimate - max(0.0, low) for i, (low, _) in zip(intervals, widths, strict=True)],
+        [min(100.0, high) - i.estimate for i, (_, high) in zip(intervals, widths, strict=True)],
+    ]
 
 
 def _finish(axis: Axes, title: str, tasks: Sequence[str], handles: list, columns: int) -> None:

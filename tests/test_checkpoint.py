@@ -104,6 +104,58 @@ def test_peft_reads_ours_with_the_same_output(method, tmp_path):
     assert theirs.peft_config["default"].task_type == "CAUSAL_LM"
 
 
+PATTERNS = {
+    "rank_pattern": {"layers.0.self_attn.q_proj": 2, "up_proj": 6},
+    "alpha_pattern": {"v_proj": 3},
+    "use_rslora": True,
+}
+
+
+def test_patterns_and_rslora_go_both_ways(tmp_path):
+    theirs = get_peft_model(
+        base_model(), LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=list(LLAMA_TARGETS), **PATTERNS)
+    ).eval()
+    randomise(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load_adapter(base_model(), tmp_path / "theirs")
+    torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    modules = adapted_modules(model)
+    assert [modules[f"model.layers.{i}.self_attn.q_proj"].lora_A.shape[0] for i in (0, 1)] == [2, 4]
+    save_adapter(model, tmp_path / "ours")
+    again = PeftModel.from_pretrained(base_model(), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_magnitude_only_modules_go_to_peft_and_come_back(tmp_path):
+    model = attach(base_model(), AdapterConfig("dora", 4, 6, magnitude_only=("up_proj", "down_proj")))
+    randomise(p for p in model.parameters() if p.requires_grad)
+    save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(base_model(), tmp_path).eval()
+    torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    back = load_adapter(base_model(), tmp_path)
+    assert torch.equal(back(TOKENS).logits, model(TOKENS).logits)
+    assert back.adapter_config.magnitude_only == ("up_proj", "down_proj") and not back.adapter_config.rank_pattern
+
+
+@pytest.mark.parametrize("only_m", [(), ("up_proj", "down_proj")], ids=["dora", "table-6"])
+def test_a_checkpoint_of_the_authors_code_is_read(only_m, tmp_path):
+    model = attach(base_model(), AdapterConfig("dora", 4, 6, magnitude_only=only_m))
+    randomise(p for p in model.parameters() if p.requires_grad)
+    save_adapter(model, tmp_path)
+    theirs = {}
+    for key, value in load_file(tmp_path / WEIGHTS_FILE).items():
+        if key.endswith("lora_magnitude_vector"):
+            theirs[key.replace("lora_magnitude_vector", "weight_m_wdecomp.weight")] = value[:, None]
+        elif not any(f".{name}." in key for name in only_m):
+            theirs[key] = value
+    save_file(theirs, tmp_path / WEIGHTS_FILE)
+    config = {"peft_type": "DORA", "r": 4, "lora_alpha": 6, "lora_dropout": 0.05, "bias": "none", "dora_simple": True}
+    config |= {"target_modules": [name for name in LLAMA_TARGETS if name not in only_m], "merge_weights": False}
+    config |= {"Wdecompose_target_modules": list(only_m) or None, "fan_in_fan_out": False, "enable_lora": None}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    torch.testing.assert_close(load_adapter(base_model(), tmp_path)(TOKENS).logits, model(TOKENS).logits)
+
+
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_ours_reads_pefts_with_the_same_output(method, init, tmp_path):
@@ -206,11 +258,10 @@ def test_a_damaged_config_is_refused(saved, content):
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3': only 'LORA', with or without use_dora, can be loaded"),
         ({"peft_type": None}, "peft_type None"),
-        ({"use_rslora": True}, "settings that are not offered here: use_rslora=True; load it with PEFT instead"),
-        ({"rank_pattern": {"q_proj": 8}}, r"rank_pattern={'q_proj': 8}"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"use_qalora": True}, "settings that are not offered here: use_qalora=True; load it with PEFT instead"),
+        ({"rank_pattern": {"q_proj": 8}}, r"q_proj.lora_A.weight has shape \(4, 16\), expected \(8, 16\)"),
+        ({"rank_pattern": {"q_proj": 0}}, "the rank of 'q_proj' must be a whole number above 0"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"layers_to_transform": [1]}, "layers_to_transform"),
         ({"a_setting_of_tomorrow": 1}, "a_setting_of_tomorrow=1"),
         ({"bias": "all"}, "bias='all'"),

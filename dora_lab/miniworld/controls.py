@@ -3,8 +3,10 @@
 Each of these should stay at chance. One that does not has found a shortcut in how the questions are written.
 """
 
+import json
 import re
 from collections import Counter
+from pathlib import Path
 
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -21,6 +23,15 @@ def without_question(record: Record) -> Record:
     if removed != 1:
         raise ValueError(f"no question found to take out of {record['instruction']!r}")
     return {**record, "instruction": instruction}
+
+
+def write_without_question(source: Path, task: str, target: Path) -> Path:
+    """Write `<target>/<task>/<split>.json`: the files of `source` without their questions. Returns `target`."""
+    (target / task).mkdir(parents=True, exist_ok=True)
+    for path in sorted((source / task).glob("*.json")):
+        records = [without_question(record) for record in json.loads(path.read_text())]
+        (target / task / path.name).write_text(json.dumps(records, indent=0) + "\n")
+    return target
 
 
 def majority_accuracy(train: list[Record], test: list[Record]) -> float:
