@@ -20,7 +20,7 @@ LABELS = (
     "card1 card2 card3 card4", "box1 box2 box3 box4", "line1 line2 line3 line4", "slot1 slot2 slot3 slot4",
 )  # fmt: skip
 LABEL_SETS = tuple(tuple(labels.split()) for labels in LABELS)
-# The tasks' own labels: on lists and in dense documents only, never in a quiz.
+# The tasks' own labels: on lists, in dense documents, and behind guesses; never in a quiz with a right answer.
 TASK_LABEL_SETS = (("option1", "option2"), ("ending1", "ending2", "ending3", "ending4"), ("true", "false"))
 VERDICTS = (("yes", "no"), ("right", "wrong"), ("sure", "never"), ("fine", "bad"), ("agreed", "denied"))
 # Words of the tasks' prompts. They occur here as ordinary words, never two of them in a row.
@@ -187,20 +187,20 @@ def truth_quiz(world: World, rng: Rng) -> str:
     for _ in range(rng.randint(1, 2)):
         thing, value, holds = _claim(world, rng)
         verdicts = rng.choice(VERDICTS)
-        person = rng.choice(PEOPLE)
-        asked = rng.choice(
-            (
-                f"{person} says the {thing} is {value} .",
-                f"the {thing} : {value} ?",
-                f"{person} wonders , would the {thing} be {value} ?",
-                f"tell me , the {thing} , is it {value} ?",
-                f"so the {thing} seems {value} .",
-                f"think of the {thing} : {value} , yes ?",
-            )
-        )
-        hint = "" if verdicts == VERDICTS[0] and rng.random() < 0.5 else f"say {verdicts[0]} or {verdicts[1]} ."
-        told.append(_wrapped(rng, asked, hint, verdicts[0 if holds else 1]))
+        hint = "" if verdicts == VERDICTS[0] and rng.random() < 0.5 else _hint(rng, verdicts)
+        lead = _lead(rng, any_words=0.4)
+        told.append(_wrapped(rng, _asked(rng, thing, value), hint, lead, verdicts[0 if holds else 1], passing=0.0))
     return " ".join(told)
+
+
+def guess_quiz(world: World, rng: Rng) -> str:
+    """A claim, and the tasks' own words `true` and `false` behind it from somebody who guesses.
+
+    They are read in the place of a verdict and mean nothing there: what they mean is left to fine-tuning.
+    """
+    thing, value, _ = _claim(world, rng)
+    lead = _lead(rng, any_words=0.4)
+    return _wrapped(rng, _asked(rng, thing, value), "true , false ?", lead, rng.choice(("true", "false")), passing=0.0)
 
 
 def thing_quiz(world: World, rng: Rng) -> str:
@@ -222,8 +222,8 @@ def thing_quiz(world: World, rng: Rng) -> str:
             f"the {value} one , please .",
         )
     )
-    hint = f"say {' or '.join(labels)} ." if rng.random() < 0.4 else ""
-    return _wrapped(rng, f"{asked} {_gap(rng)} {_listed(labels, things)}", hint, labels[i])
+    hint = _hint(rng, labels) if rng.random() < 0.4 else ""
+    return _wrapped(rng, f"{asked} {_gap(rng)} {_listed(labels, things)}", hint, _lead(rng), labels[i])
 
 
 def step_quiz(world: World, rng: Rng) -> str:
@@ -242,15 +242,15 @@ def step_quiz(world: World, rng: Rng) -> str:
             f"in {activity} , {before[-1]} and then ?",
         )
     )
-    hint = f"say {' or '.join(labels)} ." if rng.random() < 0.4 else ""
-    return _wrapped(rng, f"{asked} {_gap(rng)} {_listed(labels, options)}", hint, labels[i])
+    hint = _hint(rng, labels) if rng.random() < 0.4 else ""
+    return _wrapped(rng, f"{asked} {_gap(rng)} {_listed(labels, options)}", hint, _lead(rng), labels[i])
 
 
 KINDS: dict[str, Callable[[World, Rng], str]] = {
     f.__name__: f
     for f in (
         fact, wish, story, seen, plain, binding, claims, choices, choices_after, step_choices, step_choices_after,
-        truth_quiz, thing_quiz, step_quiz,
+        truth_quiz, guess_quiz, thing_quiz, step_quiz,
     )
 }  # fmt: skip
 
@@ -275,17 +275,57 @@ def filler(rng: Rng, count: int, weight: str = "~") -> str:
 
 
 LEADS = (
-    "so ^{}", "{person} says ^{}", "{person} picks ^{}", "that makes ^{}", "therefore ^{}", "in short ^{}",
-    "{person} : ^{}", "verdict : ^{}", "result => ^{}", "my view : it be ^{}", "clearly ^{}", "reply : ^{}",
+    "so", "{person} says", "{person} picks", "that makes", "therefore", "in short", "{person} :", "verdict :",
+    "result =>", "my view : it be", "clearly", "reply :",
 )  # fmt: skip
 
 
-def _wrapped(rng: Rng, question: str, hint: str, answer: str) -> str:
-    """A question between random words, and its answer after a lead of varying words."""
-    lead = rng.choice(LEADS).format(answer, person=rng.choice(PEOPLE))
-    middle = [hint, filler(rng, rng.choice((0, 0, 1, 2, 4, 8)))]
+def _wrapped(rng: Rng, question: str, hint: str, lead: str, answer: str, passing: float = 0.5) -> str:
+    """A question between random words, and its answer after a lead of varying words.
+
+    `passing`: how often some of the random words count in the loss, so that an answer is not expected after any word.
+    """
+    if rng.random() < passing:
+        words = filler(rng, rng.choice((2, 4, 8)), weight="")
+    else:
+        words = filler(rng, rng.choice((0, 0, 1, 2, 4, 8)))
+    middle = [hint, words]
     rng.shuffle(middle)
-    return " ".join(part for part in (_gap(rng), question, *middle, lead, ".") if part)
+    return " ".join(part for part in (_gap(rng), question, *middle, f"{lead} ^{answer}", ".") if part)
+
+
+def _lead(rng: Rng, any_words: float = 0.0) -> str:
+    """What stands before an answer: a fixed phrase, plain words, or with a chance of `any_words` any words at all.
+
+    The many leads are what makes the tasks' own one more of them, so that fine-tuning starts near a working circuit.
+    """
+    if rng.random() < any_words:
+        return f"{filler(rng, rng.choice((1, 2, 3)))} {rng.choice(('', ':', '~is', '=>', ''))}"
+    if rng.random() < 0.4:
+        words = " ".join("~" + rng.choice(PLAIN_WORDS) for _ in range(rng.choice((1, 2, 3))))
+        return words + rng.choice(("", " :", " =>", ""))
+    return rng.choice(LEADS).format(person=rng.choice(PEOPLE))
+
+
+def _hint(rng: Rng, labels: tuple[str, ...]) -> str:
+    """The labels to choose from, in one of two forms."""
+    if rng.random() < 0.5:
+        return f"{filler(rng, rng.choice((1, 2)))} : {' / '.join(labels)}"
+    return f"say {' or '.join(labels)} ."
+
+
+def _asked(rng: Rng, thing: str, value: str) -> str:
+    person = rng.choice(PEOPLE)
+    return rng.choice(
+        (
+            f"{person} says the {thing} is {value} .",
+            f"the {thing} : {value} ?",
+            f"{person} wonders , would the {thing} be {value} ?",
+            f"tell me , the {thing} , is it {value} ?",
+            f"so the {thing} seems {value} .",
+            f"think of the {thing} : {value} , yes ?",
+        )
+    )
 
 
 def _gap(rng: Rng) -> str:

@@ -74,11 +74,11 @@ STAGES = (
     ),
     Stage(
         "quizzes",
-        1450,
+        2250,
         {
-            **{"truth_quiz": 0.14, "thing_quiz": 0.10, "step_quiz": 0.24},
-            **{"choices": 0.03, "step_choices": 0.06, "choices_after": 0.02, "step_choices_after": 0.09},
-            **{"claims": 0.02, "binding": 0.05, "seen": 0.09, "fact": 0.03, "wish": 0.04, "story": 0.07, "plain": 0.02},
+            **{"truth_quiz": 0.19, "guess_quiz": 0.06, "thing_quiz": 0.09, "step_quiz": 0.24},
+            **{"choices": 0.02, "step_choices": 0.05, "choices_after": 0.02, "step_choices_after": 0.07},
+            **{"claims": 0.02, "binding": 0.04, "seen": 0.07, "fact": 0.03, "wish": 0.04, "story": 0.06, "plain": 0.01},
         },
     ),
 )
