@@ -36,11 +36,15 @@ def weight_of(base: nn.Module) -> Tensor:
     """The weight of a frozen layer as (out, in): a view of Linear's and Conv1D's, dequantised from 4 or 8 bits."""
     if type(base).__name__ == "Conv1D":  # GPT-2's layer keeps (in, out)
         return base.weight.detach().T
-    if type(base.weight).__name__ in ("Params4bit", "Int8Params"):
-        from peft.utils.integrations import dequantize_module_weight
+    weight, kind = base.weight.detach(), type(base.weight).__name__
+    if kind == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_module_weight(base).detach()
-    return base.weight.detach()
+        return dequantize_4bit(weight, base.weight.quant_state)
+    if kind == "Int8Params":  # one scale a row: the first forward moves it from the weight to the layer's state
+        scale = base.weight.SCB if base.state.SCB is None else base.state.SCB  # (out,)
+        return weight * (scale / 127)[:, None]
+    return weight
 
 
 def is_linear(module: nn.Module) -> bool:
