@@ -194,13 +194,16 @@ def run(
         models = {variant: build(variant, setting) for variant in VARIANTS}
         steps = {variant: make_step(model, setting) for variant, model in models.items()}
         training = interleaved(steps, turns)
+        norms = {
+            variant: [module.cache.computed for module in model.modules() if getattr(module, "fast", False)]
+            for variant, model in models.items()
+        }
         pefts.ENABLE_DORA_CACHING = True  # its own switch, for inference
         try:
             evaluation = interleaved({v: make_evaluation(m, setting) for v, m in models.items()}, turns)
         finally:
             pefts.ENABLE_DORA_CACHING = False
         for variant, model in models.items():
-            own = [module.cache.computed for module in model.modules() if getattr(module, "fast", False)]
             rows.append(
                 {
                     "setting": asdict(setting),
@@ -209,7 +212,7 @@ def run(
                     **{f"evaluation_{key}": value for key, value in _spread(evaluation[variant]).items()},
                     "saved_bytes": saved_bytes(model, setting),
                     "peak_bytes": peak_bytes(steps[variant]),
-                    "norms_per_step": sum(own) / len(own) / (turns + 1) if own else None,
+                    "norms_per_step": statistics.mean(norms[variant]) / (turns + 1) if norms[variant] else None,
                 }
             )
         lora = statistics.median(training["lora"])

@@ -122,3 +122,18 @@ def pretrain(
         run(out, threads=threads, compile=compile)
     except (ValueError, OSError) as error:
         _fail(error)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Argument(help="JSON file to write.")],
+    turns: Annotated[int, typer.Option(min=2, help="Measured steps of every variant.")] = 15,
+) -> None:
+    """Measure steps and bytes of LoRA and DoRA, ours and PEFT's, in turns, and write them to OUT."""
+    from dora_lab.bench import run, write
+
+    try:
+        write(run(turns=turns, report=typer.echo), out)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(f"written: {out}")

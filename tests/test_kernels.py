@@ -100,11 +100,8 @@ def test_the_fast_kernel_equals_the_reference_with_dropout_and_autocast(dropout_
             y = made(x)
         y.float().square().sum().backward()
         found.append([y.detach(), x.grad, made.magnitude.grad, made.lora_A.grad, made.lora_B.grad])
-    if dropout_on == "faithful" or not autocast:
-        for fast, plain in zip(*found, strict=True):
-            if dropout_on == "faithful":
-                assert (fast - plain).norm() <= (0.03 if autocast else 1e-5) * plain.norm()
-    assert all(torch.isfinite(value).all() for value in found[0])
+    for fast, plain in zip(*found, strict=True):
+        assert (fast - plain).norm() <= (0.03 if autocast else 1e-5) * plain.norm()
 
 
 # --- The norm ---
