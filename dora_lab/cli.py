@@ -74,15 +74,20 @@ def sweep(
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
     runs_dir: RunsOption = Path("runs"),
 ) -> None:
-    """Try every method at every rate of the profile's grid on validation data; print the best rates. Resumes."""
-    from dora_lab.pipeline import preflight
+    """Try every method at every rate of the profile's grid on validation data; print the best rates. Resumes.
+
+    A run that is in the recorded sweep with the same settings is not done again.
+    """
+    from dora_lab.pipeline import RECORDED, preflight
     from dora_lab.profiles import load_profile
-    from dora_lab.sweep import SWEEP, best_rates, run_sweep, sweep_specs
+    from dora_lab.sweep import SWEEP, best_rates, read_sweep, run_sweep, sweep_specs
 
     try:
         loaded = load_profile(profile)
         preflight(runs_dir)
-        rows = run_sweep(sweep_specs(loaded), runs_dir, jobs, typer.echo)
+        earlier = RECORDED / loaded.name / SWEEP
+        recorded = read_sweep(earlier) if earlier.exists() else []
+        rows = run_sweep(sweep_specs(loaded), runs_dir, jobs, typer.echo, recorded)
         chosen = best_rates(rows)
     except (ValueError, OSError) as error:
         _fail(error)

@@ -29,14 +29,20 @@ def sweep_specs(profile: Profile, methods: list[str] | None = None) -> list[RunS
 
 
 def run_sweep(
-    specs: list[RunSpec], runs_dir: Path, jobs: int | None = None, report: Callable[[str], None] = print
+    specs: list[RunSpec],
+    runs_dir: Path,
+    jobs: int | None = None,
+    report: Callable[[str], None] = print,
+    recorded: Iterable[Mapping] = (),
 ) -> list[dict]:
     """Do the sweep's runs that are not done and write `<runs_dir>/<profile>/sweep.csv`; returns its rows.
 
     The runs are done in worker processes without papermill. A run that failed (a rate too high, say) has no accuracy
-    in its row. Ctrl-C keeps what is finished.
+    in its row. A row of `recorded` with a spec's run id, and so with all of its settings, stands for that run. Ctrl-C
+    keeps what is finished.
     """
-    waiting = [spec for spec in specs if not is_done(run_folder(runs_dir, spec))]
+    before = {row["run_id"]: row["accuracy"] for row in recorded}
+    waiting = [spec for spec in specs if spec.run_id not in before and not is_done(run_folder(runs_dir, spec))]
     report(f"{len(specs)} runs: {len(specs) - len(waiting)} done before, {len(waiting)} to do")
     jobs = jobs or max(1, (os.cpu_count() or 1) // specs[0].threads)
     context = multiprocessing.get_context("spawn")
@@ -58,7 +64,8 @@ def run_sweep(
     for spec in specs:
         folder = run_folder(runs_dir, spec)
         row = {name: getattr(spec, name) for name in COLUMNS if name != "accuracy"}
-        rows.append(row | {"accuracy": read_record(folder).result.accuracy if is_done(folder) else None})
+        accuracy = read_record(folder).result.accuracy if is_done(folder) else before.get(spec.run_id)
+        rows.append(row | {"accuracy": accuracy})
     folder = runs_dir / specs[0].profile
     prepare_folder(folder)
     write_sweep(rows, folder / SWEEP)
