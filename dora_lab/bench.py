@@ -16,15 +16,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dora_lab.adapters import LLAMA_TARGETS, AdapterConfig, attach
+from dora_lab.adapters import LLAMA_TARGETS, AdapterConfig, attach, merge
+from dora_lab.kernels import adapted_norm, norm_kind, squared_norm
 from dora_lab.records import environment, write_text
 
 VARIANTS = ("base", "lora", "lora-peft", "dora", "dora-reference", "dora-peft", "dora-peft-sped-up")
+EVALUATED = (*VARIANTS, "dora-merged")
+PRECISIONS = ("float32", "bfloat16", "nf4")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One shape and way of training. `batch` x `length` tokens a micro-batch, `accumulation` micro-batches a step."""
+    """One shape and way of training. `batch` x `length` tokens a micro-batch, `accumulation` micro-batches a step.
+
+    precision: of the frozen base. "nf4" keeps its linear layers in 4 bits (bitsandbytes) and computes in bfloat16.
+    """
 
     batch: int
     length: int
@@ -34,10 +40,12 @@ class Setting:
     hidden: int = 512
     layers: int = 4
     rank: int = 16
+    precision: str = "float32"
 
     @property
     def name(self) -> str:
         parts = [f"hidden {self.hidden}, rank {self.rank}, {self.batch} x {self.length}"]
+        parts += [self.precision] if self.precision != "float32" else []
         parts += [f"dropout {self.dropout}"] if self.dropout else []
         parts += [f"{self.accumulation} micro-batches"] if self.accumulation > 1 else []
         return ", ".join(parts + (["checkpointing"] if self.checkpointing else []))
@@ -52,29 +60,53 @@ CPU_SETTINGS = (
     Setting(8, 128, checkpointing=True),
     Setting(8, 128, accumulation=4, checkpointing=True),
 )
+LLAMA_7B = {"hidden": 4096, "layers": 2}  # its layers; two of its 32 are enough for ratios
+CUDA_SETTINGS = (
+    *(
+        Setting(batch, length, rank=rank, precision=precision, **LLAMA_7B)
+        for precision in ("bfloat16", "nf4")
+        for batch, length in ((16, 512), (4, 2048))
+        for rank in (32, 384)
+    ),
+    Setting(16, 512, dropout=0.05, rank=32, precision="bfloat16", **LLAMA_7B),
+    Setting(16, 512, checkpointing=True, rank=32, precision="bfloat16", **LLAMA_7B),
+    Setting(4, 512, accumulation=4, rank=32, precision="bfloat16", **LLAMA_7B),
+    Setting(4, 512, accumulation=4, checkpointing=True, rank=32, precision="bfloat16", **LLAMA_7B),
+)
+NORM_SHAPES = ((512, 512), (1376, 512), (512, 1376), (2048, 2048))
+LLAMA_7B_SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 
 
-def build(variant: str, setting: Setting, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A random Llama with the variant's adapters, in training. Raises ValueError for an unknown variant."""
+def build(variant: str, setting: Setting, device: str = "cpu") -> nn.Module:
+    """A random Llama with the variant's adapters, in training.
+
+    Raises ValueError for an unknown variant or precision.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dora_lab.speedup import speed_up
 
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    if variant not in EVALUATED:
+        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(EVALUATED)}")
+    if setting.precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {setting.precision!r}: choose one of {', '.join(PRECISIONS)}")
+    dtype = torch.float32 if setting.precision == "float32" else torch.bfloat16
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1000,
         hidden_size=setting.hidden,
         intermediate_size=setting.hidden * 43 // 16 // 32 * 32,  # LLaMA's 11008 / 4096
         num_hidden_layers=setting.layers,
-        num_attention_heads=setting.hidden // 64,
+        num_attention_heads=setting.hidden // (128 if setting.hidden >= 4096 else 64),
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).to(device, dtype).requires_grad_(False)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    if setting.precision == "nf4":
+        _quantise(model, device)
     rank, method = setting.rank, variant.split("-")[0]
-    if variant in ("lora", "dora", "dora-reference"):
+    if variant in ("lora", "dora", "dora-reference", "dora-merged"):
         kernel = "reference" if variant.endswith("reference") else "fast"
         attach(model, AdapterConfig(method, rank, 2 * rank, setting.dropout, kernel=kernel))
     elif variant != "base":
@@ -91,10 +123,26 @@ def build(variant: str, setting: Setting, device: str = "cpu", dtype: torch.dtyp
     for name, parameter in model.named_parameters():  # away from B = 0, where a half of the work is multiplying zeros
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.01)
+    if variant == "dora-merged":
+        merge(model)
     model.enable_input_require_grads()  # the frozen base has a backward too
     if setting.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def _quantise(model: nn.Module, device: str) -> None:
+    """Put the linear layers of the decoder into NF4, in place."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
+            layer = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, False, torch.bfloat16, quant_type="nf4", device="meta"
+            )
+            layer.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+            model.set_submodule(name, layer.to(device))
+    model.is_loaded_in_4bit = True  # what PEFT looks at
 
 
 def make_step(model: nn.Module, setting: Setting) -> Callable[[], None]:
@@ -183,45 +231,80 @@ def interleaved(steps: dict[str, Callable[[], None]], turns: int) -> dict[str, l
     return seconds
 
 
-def run(
-    settings: tuple[Setting, ...] = CPU_SETTINGS, turns: int = 15, report: Callable[[str], None] = print
-) -> dict:
-    """Measure every setting and variant; returns what `write` writes. Times in seconds, memory in bytes."""
+def measure_norms(shapes: tuple[tuple[int, int], ...], turns: int, device: str = "cpu") -> list[dict]:
+    """Seconds of the dense and of the factored norm for weights (out, in) and ranks from 1 to their size, in turns."""
+    rows = []
+    for out_features, in_features in shapes:
+        weight = torch.randn(out_features, in_features, device=device)
+        squares = squared_norm(weight)
+        for rank in (4, 16, 64, 256, 384, 512):
+            if rank <= min(weight.shape):
+                A, B = torch.randn(rank, in_features, device=device), torch.randn(out_features, rank, device=device)
+                ways = {
+                    kind: lambda kind=kind, w=weight, a=A, b=B, q=squares: adapted_norm(w, a, 0.01 * b, 1.0, q, kind)
+                    for kind in ("dense", "factored")
+                }
+                seconds = {kind: statistics.median(times) for kind, times in interleaved(ways, turns).items()}
+                row = {"out": out_features, "in": in_features, "rank": rank}
+                row |= {f"{kind}_s": value for kind, value in seconds.items()}
+                rows.append(row | {"chosen": norm_kind(out_features, in_features, rank)})
+    return rows
+
+
+def measure(setting: Setting, turns: int, device: str = "cpu") -> list[dict]:
+    """One row a variant. Times in seconds over `turns`, bytes, and ratios to LoRA's time of the same turn."""
     import peft.tuners.lora.dora as pefts
 
+    models = {variant: build(variant, setting, device) for variant in EVALUATED}
+    steps = {variant: make_step(models[variant], setting) for variant in VARIANTS}
+    training = interleaved(steps, turns)
+    norms = {
+        variant: [module.cache.computed for module in model.modules() if getattr(module, "fast", False)]
+        for variant, model in models.items()
+    }
+    pefts.ENABLE_DORA_CACHING = True  # its own switch, for inference
+    try:
+        evaluation = interleaved({v: make_evaluation(m, setting) for v, m in models.items()}, turns)
+    finally:
+        pefts.ENABLE_DORA_CACHING = False
     rows = []
-    for setting in settings:
-        models = {variant: build(variant, setting) for variant in VARIANTS}
-        steps = {variant: make_step(model, setting) for variant, model in models.items()}
-        training = interleaved(steps, turns)
-        norms = {
-            variant: [module.cache.computed for module in model.modules() if getattr(module, "fast", False)]
-            for variant, model in models.items()
-        }
-        pefts.ENABLE_DORA_CACHING = True  # its own switch, for inference
-        try:
-            evaluation = interleaved({v: make_evaluation(m, setting) for v, m in models.items()}, turns)
-        finally:
-            pefts.ENABLE_DORA_CACHING = False
-        for variant, model in models.items():
-            rows.append(
-                {
-                    "setting": asdict(setting),
-                    "variant": variant,
-                    **{f"step_{key}": value for key, value in _spread(training[variant]).items()},
-                    **{f"evaluation_{key}": value for key, value in _spread(evaluation[variant]).items()},
-                    "saved_bytes": saved_bytes(model, setting),
-                    "peak_bytes": peak_bytes(steps[variant]),
-                    "norms_per_step": statistics.mean(norms[variant]) / (turns + 1) if norms[variant] else None,
-                }
-            )
-        lora = statistics.median(training["lora"])
-        ratios = ", ".join(f"{v} {statistics.median(t) / lora:.2f}" for v, t in training.items() if v != "lora")
-        report(f"{setting.name}: steps against LoRA's {lora:.3f} s: {ratios}")
-        del models, steps
+    for variant, model in models.items():
+        row = {"setting": asdict(setting), "variant": variant}
+        row |= {f"evaluation_{key}": value for key, value in _spread(evaluation[variant], evaluation["lora"]).items()}
+        if variant in VARIANTS:
+            row |= {f"step_{key}": value for key, value in _spread(training[variant], training["lora"]).items()}
+            row["saved_bytes"], row["peak_bytes"] = saved_bytes(model, setting), peak_bytes(steps[variant])
+            row["norms_per_step"] = statistics.mean(norms[variant]) / (turns + 1) if norms[variant] else None
+        rows.append(row)
+    return rows
+
+
+def run(
+    settings: tuple[Setting, ...] | None = None,
+    turns: int = 15,
+    report: Callable[[str], None] = print,
+    norm_shapes: tuple[tuple[int, int], ...] | None = None,
+) -> dict:
+    """Measure every setting and variant, and the two norms; returns what `write` writes.
+
+    On a CUDA device the settings are LLaMA-7B's layers unless others are given.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = settings or (CUDA_SETTINGS if device == "cuda" else CPU_SETTINGS)
+    rows = []
+    for number, setting in enumerate(settings, 1):
+        new = measure(setting, turns, device)
+        ratios = ", ".join(f"{row['variant']} {row['step_to_lora']:.2f}" for row in new if "step_to_lora" in row)
+        report(f"[{number}/{len(settings)}] {setting.name}: a step in LoRA's steps: {ratios}")
+        rows += new
         gc.collect()
-    threads = torch.get_num_threads()
-    return {"environment": environment(threads) | {"machine": platform.machine()}, "turns": turns, "rows": rows}
+    norm_shapes = norm_shapes or (LLAMA_7B_SHAPES if device == "cuda" else NORM_SHAPES)
+    return {
+        "environment": environment(torch.get_num_threads()) | {"machine": platform.machine(), "device": device},
+        "turns": turns,
+        "rows": rows,
+        "norms": measure_norms(norm_shapes, turns, device),
+    }
 
 
 def write(found: dict, path: Path) -> None:
@@ -230,6 +313,9 @@ def write(found: dict, path: Path) -> None:
     write_text(path, json.dumps(found, indent=1) + "\n")
 
 
-def _spread(seconds: list[float]) -> dict[str, float]:
+def _spread(seconds: list[float], loras: list[float]) -> dict[str, float]:
+    """Median and quartiles of the seconds, and of the ratio to LoRA's seconds in the same turn."""
     low, median, high = statistics.quantiles(seconds, n=4)
-    return {"median_s": median, "low_quartile_s": low, "high_quartile_s": high}
+    found = {"median_s": median, "low_quartile_s": low, "high_quartile_s": high}
+    ratios = statistics.quantiles([own / lora for own, lora in zip(seconds, loras, strict=True)], n=4)
+    return found | dict(zip(("to_lora_low", "to_lora", "to_lora_high"), ratios, strict=True))
