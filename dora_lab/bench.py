@@ -6,7 +6,6 @@ disturbs them alike; what is quoted is the median over turns and its ratio to Lo
 
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -300,7 +299,7 @@ def run(
         gc.collect()
     norm_shapes = norm_shapes or (LLAMA_7B_SHAPES if device == "cuda" else NORM_SHAPES)
     return {
-        "environment": environment(torch.get_num_threads()) | {"machine": platform.machine(), "device": device},
+        "environment": environment(torch.get_num_threads()),
         "turns": turns,
         "rows": rows,
         "norms": measure_norms(norm_shapes, turns, device),

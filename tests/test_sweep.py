@@ -37,3 +37,6 @@ def test_a_sweep_gives_every_method_the_same_trials_on_validation_data(tiny_prof
     said = []
     assert run_sweep(specs, tmp_path, report=said.append) == rows
     assert said == ["4 runs: 4 done before, 0 to do"]
+    elsewhere = tmp_path / "elsewhere"
+    assert run_sweep(specs, elsewhere, report=said.append, recorded=rows) == rows  # same run ids: nothing to do
+    assert said[-1] == "4 runs: 4 done before, 0 to do" and not list(elsewhere.glob("*/*/record.json"))
