@@ -51,6 +51,7 @@ __all__ = [
 METHOD_COLOURS = {"lora": "#E69F00", "dora": "#0072B2", "full": "#009E73", "dora-magnitude": "#CC79A7"}
 # Correlation of ΔD with ΔM on VL-BART, query matrices; Liu et al. 2024 (arXiv 2402.09353), Section 3.2
 PAPER_CORRELATION = {"full": -0.62, "lora": 0.83, "dora": -0.31}
+NO_TURN = 1e-12  # a ΔD that varies by no more than this is rounding: where only magnitudes are trained, say
 _LAYER_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
 _MARKERS = "os^DvPX*"
 _METHOD_HATCHES = {"lora": "", "dora": "..", "full": "\\\\", "dora-magnitude": "++"}
@@ -197,8 +198,8 @@ def geometry_correlations(rows: Sequence[Mapping]) -> pd.DataFrame:
 def geometry_scatter(rows: Sequence[Mapping]) -> Figure:
     """ΔM against ΔD, one panel a method: colour is the layer, shape the checkpoint, filled query and open value.
 
-    A point is the mean over seeds; the title has the correlation (mean over seeds, query and value together).
-    Each panel has its own scale. Raises ValueError for no rows.
+    A point is the mean over seeds, the line their least-squares fit; the title has the correlation (mean over seeds,
+    query and value together) with its 95 % limits. Each panel has its own scale. Raises ValueError for no rows.
     """
     frame = _geometry_frame(rows)
     methods, layers = _methods_of(frame), sorted(frame["layer"].unique())
@@ -212,7 +213,12 @@ def geometry_scatter(rows: Sequence[Mapping]) -> Figure:
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(methods), squeeze=False)[0]
         for axis, method in zip(axes, methods, strict=True):
-            for point in means[means["method"] == method].itertuples():
+            own = means[means["method"] == method]
+            if np.ptp(own["delta_direction"]) > NO_TURN:
+                ends = np.array([own["delta_direction"].min(), own["delta_direction"].max()])
+                fit = np.polyfit(own["delta_direction"], own["delta_magnitude"], 1)
+                axis.plot(ends, np.polyval(fit, ends), color="#777777", lw=1, zorder=0)
+            for point in own.itertuples():
                 face = colours[point.layer] if point.module == "q_proj" else "none"
                 marker = _MARKERS[(point.checkpoint - 1) % len(_MARKERS)]
                 x, y, edge = point.delta_direction, point.delta_magnitude, colours[point.layer]
@@ -275,7 +281,7 @@ def _methods_of(frame: pd.DataFrame) -> list[str]:
 
 def _pearson(group: pd.DataFrame) -> float:
     x, y = group["delta_direction"].to_numpy(), group["delta_magnitude"].to_numpy()
-    if len(group) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    if len(group) < 3 or np.ptp(x) <= NO_TURN or np.ptp(y) == 0:
         return math.nan
     return float(np.corrcoef(x, y)[0, 1])
 
@@ -290,7 +296,9 @@ def _fisher_interval(correlations: Sequence[float]) -> Interval:
 def _correlation_text(row: pd.Series) -> str:
     if math.isnan(row["correlation"]):
         return "no correlation defined"
-    return f"r = {row['correlation']:+.2f}" + (f" ({row['seeds']} seeds)" if row["seeds"] > 1 else " (1 seed)")
+    if row["seeds"] == 1:
+        return f"r = {row['correlation']:+.2f} (1 seed)"
+    return f"r = {row['correlation']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f}, {row['seeds']} seeds)"
 
 
 # --- showing and saving -----------------------------------------------------------------------------------------------
