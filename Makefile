@@ -1,6 +1,7 @@
 # Every target that runs Python sets up .venv first; a second call installs nothing.
 #   make reproduce              the results table and figures again (PROFILE=mini SEEDS=3)
 #   make test, make test-all    the quick tests; all but those that need a GPU (`make test-gpu`)
+#   make book                   every chapter run and set as static HTML: build/book/html/index.html
 #   make lint, make notebooks-strip, make clean
 # A machine without a GPU is served best by PyTorch's small CPU wheels: install torch from them into .venv first.
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: setup reproduce test test-all test-gpu lint notebooks-strip clean
+.PHONY: setup reproduce test test-all test-gpu book lint notebooks-strip clean
 
 setup: $(STAMP)
 
@@ -31,6 +32,13 @@ test-all: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+book: .venv/.book
+	$(BIN)/dora-lab book build/book
+
+.venv/.book: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book]'
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ def test_a_chapter_opens_with_what_it_gives_what_it_takes_and_what_it_needs(chap
     assert opening.cell_type == "markdown" and opening.source.startswith("# ")
     for words in ("You will be able to", "Needs:", "Takes"):
         assert words in opening.source
-    assert re.search(r"Takes [^.]*(second|minute)[^.]* and [^.]*(GB|MB)", " ".join(opening.source.split()))
+    assert re.search(r"Takes [^.]*(second|minute)[^.]* and [^.]*(\d\.\d )?(GB|MB)", " ".join(opening.source.split()))
 
 
 def test_every_code_cell_but_the_last_is_followed_by_a_sentence(chapter):
