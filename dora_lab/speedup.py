@@ -9,7 +9,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dora_lab.adapters import DROPOUTS
+from dora_lab.adapter_config import DROPOUTS
 from dora_lab.kernels import NormCache, dora_correction, dora_product
 
 
