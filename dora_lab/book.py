@@ -102,7 +102,7 @@ def build(out: Path, profile: str = "mini", report: Callable[[str], None] = prin
         import myst_nb  # noqa: F401
         import sphinx  # noqa: F401
     except ImportError as error:
-        raise RuntimeError(f"{error.name} is missing: install the book's packages with pip install -e '.[book]'") from None
+        raise RuntimeError(f"{error.name} is missing: install the book's packages, pip install -e '.[book]'") from None
     work = out / "_work"
     notebooks = run_chapters(profile, work / "executed", report)
     source = work / "source"

@@ -70,9 +70,11 @@ def is_fresh(base: nn.Module) -> bool:
 
 
 def norm_kind(out_features: int, in_features: int, rank: int) -> str:
-    """ "factored" or "dense", whichever was the faster one on the CPU (chapter 10 has the measurement): the factored norm
-    does not write W0 + s·B·A, the dense one has no rank x rank terms, which count once the rank nears an eighth of the
-    layer's smaller side."""
+    """ "factored" or "dense", whichever was the faster one on the CPU (chapter 10 has the measurement).
+
+    The factored norm does not write W0 + s·B·A; the dense one has no rank x rank terms, which count once the rank nears
+    an eighth of the layer's smaller side.
+    """
     return "factored" if 8 * rank <= min(out_features, in_features) else "dense"
 
 

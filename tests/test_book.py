@@ -10,6 +10,7 @@ from nbformat import v4
 
 from dora_lab import book
 
+TABLE = "# Accuracy, percent\n\n| row | BoolQ |\n| --- | --- |\n| a | 1 |\n"
 PIXEL = base64.b64encode(b"not looked at").decode()
 
 
@@ -77,7 +78,7 @@ def test_the_pages_have_pictures_links_the_table_and_need_no_network(tmp_path, m
 
     def run_chapters(profile, folder, report):
         (folder / "figures").mkdir(parents=True)
-        (folder / "figures" / "results.md").write_text("# Accuracy, percent\n\n| row | BoolQ |\n| --- | --- |\n| a | 1 |\n")
+        (folder / "figures" / "results.md").write_text(TABLE)
         paths = [folder / f"{name}.ipynb" for name in ("00_one", "01_two")]
         for path in paths:
             nbformat.write(executed_chapter(path.stem), path)
