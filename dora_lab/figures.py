@@ -223,7 +223,7 @@ def geometry_scatter(rows: Sequence[Mapping]) -> Figure:
                 marker = _MARKERS[(point.checkpoint - 1) % len(_MARKERS)]
                 x, y, edge = point.delta_direction, point.delta_magnitude, colours[point.layer]
                 axis.scatter(x, y, 36, marker=marker, fc=face, ec=edge, lw=1.2)
-            axis.set_title(f"{METHOD_NAMES[method]}: {_correlation_text(both.loc[method])}", y=1.07)
+            axis.set_title(f"{METHOD_NAMES[method]}\n{_correlation_text(both.loc[method])}", y=1.07)
             axis.set_xlabel("ΔD, mean of 1 − cosine")
             axis.margins(0.08)
             axis.ticklabel_format(style="sci", scilimits=(-2, 3))
