@@ -289,7 +289,7 @@ def test_a_magnitude_that_does_not_change_has_no_correlation():
 def test_scatter_has_a_panel_a_method_and_a_point_a_place():
     rows = make_geometry()
     figure = figures.geometry_scatter(rows)
-    assert [axis.get_title().split(":")[0] for axis in figure.axes] == ["full fine-tuning", "LoRA", "DoRA"]
+    assert [axis.get_title().split("\n")[0] for axis in figure.axes] == ["full fine-tuning", "LoRA", "DoRA"]
     for axis, method in zip(figure.axes, ("full", "lora", "dora"), strict=True):
         drawn = sorted(float(points.get_offsets()[0, 1]) for points in axis.collections)
         frame = pd.DataFrame([row for row in rows if row["method"] == method])
