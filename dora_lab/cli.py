@@ -1,4 +1,4 @@
-"""`dora-lab`: the grid of runs, the record of results, and the mini-world's pretraining."""
+"""`dora-lab`: the grid of runs, the record of results, the real data, and the mini-world's pretraining."""
 
 from pathlib import Path
 from typing import Annotated
@@ -115,6 +115,29 @@ def record(profile: ProfileOption = "mini", runs_dir: RunsOption = Path("runs"))
 
 
 @app.command()
+def fetch(
+    task: Annotated[list[str] | None, typer.Argument(help="These; all eight and commonsense_170k if left out.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Fetch nothing; print every address, hash and place.")] = False,
+) -> None:
+    """Fetch LLM-Adapters' task files once, verify them, check every record. Kept in DORA_LAB_CACHE."""
+    from dora_lab.data import count_fetched
+    from dora_lab.fetch import BASE_URL, files_of, llm_adapters_folder
+    from dora_lab.tasks import MIXTURE, TASKS
+
+    folder = llm_adapters_folder()
+    try:
+        needed = {file: (of, split) for name in task or [*TASKS, MIXTURE] for of, split, file in files_of(name)}
+        for file, (of, split) in needed.items():
+            if listed:
+                typer.echo(f"{BASE_URL}{file.path}\n    {file.expected or 'no hash known'}")
+                typer.echo(f"    -> {folder / file.path}")
+            else:
+                typer.echo(f"{folder / file.path}: {count_fetched(of, split)} records")
+    except (ValueError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
 def pretrain(
     out: Annotated[Path, typer.Argument(help="Folder for tasks/, base/ and pretraining.json.")],
     threads: Annotated[int, typer.Option(min=1)] = 2,
@@ -130,6 +153,48 @@ def pretrain(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="llama-7b, llama3-8b, …, or a folder with a config.json.")] = "llama-7b",
+    method: Annotated[str, typer.Option(help="full, lora, dora or dora-peft.")] = "dora",
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 32,
+    batch: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence, padding included.")] = 512,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Adapted layers; q, k, v, up and down_proj if left out.")
+    ] = None,
+    dropout: Annotated[float, typer.Option(help="On what the adapter reads.")] = 0.05,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing of every layer.")] = True,
+    base_precision: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, int8, nf4 or nf4-double.")
+    ] = "bfloat16",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit or paged-adamw.")] = "adamw",
+    accumulation: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
+    logit_columns: Annotated[int | None, typer.Option(help="Positions that go through the output layer.")] = None,
+) -> None:
+    """Plan the GPU memory of a training run from shapes alone: what it goes to, where it fits, what would save most."""
+    from dora_lab.adapters import LLAMA_TARGETS
+    from dora_lab.memory import changes, plan_rows
+    from dora_lab.memory import plan as plan_memory
+    from dora_lab.shapes import find_shape
+
+    choices = {"method": method, "rank": rank, "batch": batch, "length": length, "dropout": dropout}
+    choices |= {"target_modules": tuple(target or LLAMA_TARGETS), "checkpointing": checkpointing}
+    choices |= {"base_precision": base_precision, "optimizer": optimizer, "accumulation": accumulation}
+    try:
+        planned = plan_memory(find_shape(model), logit_columns=logit_columns, **choices)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(f"{planned.job.shape.name}: {planned.job.name}")
+    for row in plan_rows(planned):
+        typer.echo(f"  {row['part']:12} {row['bytes'] / 1e9:8.2f} GB {row['percent']:5.1f} %")
+    typer.echo(f"  {'total':12} {planned.total / 1e9:8.2f} GB at {planned.peak_at}; 1 GB more is kept free")
+    typer.echo("fits on: " + ", ".join(f"{size} GB {'yes' if fits else 'no'}" for size, fits in planned.fits.items()))
+    typer.echo("it does not depend on the number of examples; single changes that save:")
+    for name, changed in changes(planned):
+        typer.echo(f"  {name:40} {changed.total / 1e9:8.2f} GB")
+
+
+@app.command()
 def bench(
     out: Annotated[Path, typer.Argument(help="JSON file to write.")],
     turns: Annotated[int, typer.Option(min=2, help="Measured steps of every variant.")] = 15,
@@ -142,3 +207,18 @@ def bench(
     except (ValueError, OSError) as error:
         _fail(error)
     typer.echo(f"written: {out}")
+
+
+@app.command()
+def book(
+    out: Annotated[Path, typer.Argument(help="Folder for the site; its pages are in OUT/html.")] = Path("build/book"),
+    profile: ProfileOption = "mini",
+) -> None:
+    """Run every chapter headless and set the book: static HTML that needs no network. Resumes."""
+    from dora_lab.book import build
+
+    try:
+        index = build(out.resolve(), profile, typer.echo)
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(error)
+    typer.echo(f"the book: {index}")

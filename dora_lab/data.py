@@ -1,4 +1,4 @@
-"""Examples of a task, from the mini-world or from any local folder of LLM-Adapters files, through the same loader."""
+"""Examples of a task, from the mini-world, from LLM-Adapters, or from any local folder, through the same loader."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_lab import tasks
+from dora_lab.fetch import COMMIT, fetch, files_of, llm_adapters_folder, repository_path
 from dora_lab.profiles import PROJECT
-from dora_lab.tasks import ANSWER_PREFIX, Example, parse_record, prompt
+from dora_lab.tasks import ANSWER_PREFIX, Example, Task, parse_record, prompt
 
 if TYPE_CHECKING:  # loaded when a run is, so that the command line starts quickly
     from datasets import Dataset
@@ -18,12 +19,18 @@ if TYPE_CHECKING:  # loaded when a run is, so that the command line starts quick
 
 SPLITS = ("train", "validation", "test")
 MINI_WORLD = PROJECT / "data" / "miniworld" / "tasks"
+LLM_ADAPTERS = "llm-adapters"
 IGNORED = -100  # label of a token that the loss leaves out
 CARVED_SEED = 42  # which train examples become validation where a folder has no validation.json
 
 
 def data_folder(source: str) -> Path:
-    """The folder of a profile's `data`: the mini-world's, or the path as given. Raises FileNotFoundError."""
+    """The folder of a profile's `data`: the mini-world's, the cache of LLM-Adapters, or the path as given.
+
+    Raises FileNotFoundError, except for the cache: it is filled when a file of it is wanted.
+    """
+    if source == LLM_ADAPTERS:
+        return llm_adapters_folder() / "dataset"
     folder = MINI_WORLD if source == "mini-world" else Path(source).expanduser()
     if not folder.is_dir():
         advice = "run `dora-lab pretrain` or restore data/miniworld" if source == "mini-world" else "check the path"
@@ -37,22 +44,27 @@ def load_examples(
     """Checked examples of one task and split, the first `limit` of them.
 
     A folder without `validation.json` has its validation examples drawn from `train.json` (`validation_examples` of
-    them, 300 unless told); they are then left out of the train split.
-    Raises FileNotFoundError for a missing file, ValueError for a bad one, naming file and index.
+    them, 300 unless told); they are then left out of the train split. The test split of a mixture is those of its parts
+    one after another, each giving its share of `limit`; their ids say which is which.
+    `source` "llm-adapters" fetches what the cache lacks.
+    Raises FileNotFoundError for a file that is missing and cannot be fetched, ValueError for a bad one, naming file and
+    index.
     """
     task = tasks.task(task_name)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    folder = data_folder(source) / task.folder
-    own_validation = (folder / "validation.json").is_file()
+    if split == "test" and task.parts:
+        return _of_parts(source, task.parts, limit)
+    own_validation = source != LLM_ADAPTERS and (data_folder(source) / task.folder / "validation.json").is_file()
     if split == "test" or own_validation:
-        examples = _read(folder / f"{split}.json", task_name, split)
+        examples = _read(_path(source, task, split), task_name, split)
     else:
-        examples = _read(folder / "train.json", task_name, "train")
+        path = _path(source, task, "train")
+        examples = _read(path, task_name, "train")
         count = 300 if validation_examples is None else validation_examples
         if count >= len(examples):
             raise ValueError(
-                f"{folder / 'train.json'} has {len(examples)} examples, too few to hold {count} back for validation: "
+                f"{path} has {len(examples)} examples, too few to hold {count} back for validation: "
                 "add a validation.json or set validation_examples lower"
             )
         held_back = set(random.Random(CARVED_SEED).sample(range(len(examples)), count))
@@ -63,8 +75,15 @@ def load_examples(
 
 
 def data_sha256(source: str, task_name: str) -> str:
-    """One hash over the task's files, names and contents: part of a run's identity."""
-    folder = data_folder(source) / tasks.task(task_name).folder
+    """One hash over the task's files, names and contents: part of a run's identity.
+
+    Of LLM-Adapters, commit and paths are hashed: they say what the contents are before anything is fetched.
+    """
+    task = tasks.task(task_name)
+    if source == LLM_ADAPTERS:
+        names = [f"{COMMIT}/{file.path}" for _, _, file in files_of(task_name)]
+        return hashlib.sha256("\0".join(names).encode()).hexdigest()
+    folder = data_folder(source) / task.folder
     paths = {split: folder / f"{split}.json" for split in SPLITS}
     if not any(path.is_file() for path in paths.values()):
         raise FileNotFoundError(f"{folder} has none of {', '.join(p.name for p in paths.values())}: put them there")
@@ -72,7 +91,17 @@ def data_sha256(source: str, task_name: str) -> str:
     for split, path in paths.items():
         if path.is_file():
             digest.update(f"{split}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    for part in task.parts:
+        digest.update(f"{part}\0".encode() + data_sha256(source, part).encode())
     return digest.hexdigest()
+
+
+def count_fetched(task: Task, split: str) -> int:
+    """Records of a `train` or `test` file of LLM-Adapters, fetched if it is not there yet, every one checked.
+
+    Raises what `load_examples` raises.
+    """
+    return len(_read(_path(LLM_ADAPTERS, task, split), task.name, split))
 
 
 def tokenized(
@@ -92,7 +121,7 @@ def tokenized(
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     count = 0
     for alone, ids in zip(tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"], strict=True):
-        start = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), len(alone))
+        start = shared_length(alone, ids)
         answer = ids[start:] + [tokenizer.eos_token_id] * append_eos
         if len(answer) >= cutoff_tokens:
             raise ValueError(f"cutoff_tokens {cutoff_tokens} is too small: an answer alone has {len(answer)} tokens")
@@ -103,6 +132,11 @@ def tokenized(
     return datasets.Dataset.from_dict(columns), count
 
 
+def shared_length(ids: list[int], others: list[int]) -> int:
+    """How many tokens two sequences have in common before they differ or one ends."""
+    return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
+
+
 def shortened(ids: list[int], length: int, bos_token_id: int | None) -> list[int]:
     """The last `length` tokens at most; a token that begins every sequence stays at the front."""
     if len(ids) <= length:
@@ -111,13 +145,27 @@ def shortened(ids: list[int], length: int, bos_token_id: int | None) -> list[int
     return front + ids[len(ids) - length + len(front) :]
 
 
+def _path(source: str, task: Task, split: str) -> Path:
+    if source == LLM_ADAPTERS:
+        return fetch(repository_path(task, split))
+    return data_folder(source) / task.folder / f"{split}.json"
+
+
+def _of_parts(source: str, parts: tuple[str, ...], limit: int | None) -> list[Example]:
+    shares = [None if limit is None else (limit + i) // len(parts) for i in range(len(parts))]
+    return [e for part, share in zip(parts, shares, strict=True) for e in load_examples(source, part, "test", share)]
+
+
 def _read(path: Path, task_name: str, split: str) -> list[Example]:
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist: put LLM-Adapters' {split} file of {task_name} there")
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch or restore the file") from error
+    except json.JSONDecodeError as error:
+        place = f"{error}, in record {_whole_records(error.doc)}"
+        raise ValueError(f"{path} is not valid JSON ({place}): fetch or restore the file") from error
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path}: expected a non-empty list of records, got {type(records).__name__}")
     task = tasks.task(task_name)
@@ -125,3 +173,15 @@ def _read(path: Path, task_name: str, split: str) -> list[Example]:
         parse_record(record, task, f"{path}, record {index}", f"{task_name}-{split}-{index}")
         for index, record in enumerate(records)
     ]
+
+
+def _whole_records(text: str) -> int:
+    """How many records of a list come before the place where its JSON breaks."""
+    decoder, position, count = json.JSONDecoder(), text.find("[") + 1, 0
+    while position:
+        try:
+            _, position = decoder.raw_decode(text, len(text) - len(text[position:].lstrip(" \t\r\n,")))
+        except json.JSONDecodeError:
+            break
+        count += 1
+    return count

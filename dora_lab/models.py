@@ -11,7 +11,7 @@ from dora_lab.profiles import PROJECT
 
 if TYPE_CHECKING:  # loaded when a model is, so that the command line starts quickly
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 MINI_WORLD = PROJECT / "data" / "miniworld" / "base"
 
@@ -96,16 +96,21 @@ def load_base(base_model: str, dtype: str = "float32") -> tuple[PreTrainedModel,
     return model, tokenizer
 
 
-def answer_logits(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def answer_logits(
+    model: PreTrainedModel, input_ids: Tensor, rows: Tensor, columns: Tensor, **packing: Tensor | Cache
+) -> Tensor:
     """Logits for the token after each `input_ids[rows[i], columns[i]]`: (positions, vocabulary), float32.
 
     input_ids: (batch, longest), padded on the right. There is no mask: under causal attention no token sees what
     follows it. Only the columns that matter go through the output layer, which is most of the work of a small model.
+    packing: `attention_mask` (batch, 1, longest, seen), added to the scores, and `position_ids` (batch, longest) of
+    rows that hold several continuations of one prompt; `past_key_values` of tokens that come before all rows.
     """
     import torch
 
     kept = columns.unique()  # (kept,) sorted
-    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=kept).logits  # (batch, kept, vocabulary)
+    output = model(input_ids=input_ids, use_cache=False, logits_to_keep=kept, **packing)
+    logits = output.logits  # (batch, kept, vocabulary)
     return logits[rows, torch.searchsorted(kept, columns.contiguous())].float()  # (positions, vocabulary)
 
 

@@ -15,6 +15,7 @@ from dora_lab import tasks as known_tasks
 
 PROJECT = Path(__file__).resolve().parents[1]
 FOLDER = PROJECT / "data" / "profiles"
+NAMED_DATA = ("mini-world", "llm-adapters")  # what `data` may be besides a folder
 
 Method = Literal["full", "lora", "dora", "dora-magnitude"]
 Positive = Annotated[int, Field(ge=1, strict=True)]  # strict: no true, no 1.0
@@ -27,7 +28,8 @@ class Profile:
     """Everything that a grid of runs has in common; `steps` and `learning_rate` are given per task.
 
     `alpha = scaling * rank`. `data` and `base_model` are "mini-world" or a folder (relative ones start at the profile's
-    own file; write `./name` for a base model, which may be a hub id as well).
+    own file; write `./name` for a base model, which may be a hub id as well). `data` may be "llm-adapters" too: the
+    real files, fetched and verified. `evaluation`: "likelihood" scores the candidates, "generate" is the paper's way.
     `prompt`: "alpaca" is LLM-Adapters' full preamble, "alpaca-short" keeps its two headings only.
     """
 
@@ -62,6 +64,7 @@ class Profile:
     checkpoints: Positive = 4
     geometry: bool = True
     threads: Positive = 1
+    evaluation: Literal["likelihood", "generate"] = "likelihood"
 
     @model_validator(mode="after")
     def _tasks_are_known(self):
@@ -98,7 +101,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error)}; correct the file") from error
     base = _beside(path, profile.base_model) if profile.base_model.startswith((".", "~")) else profile.base_model
-    data = profile.data if profile.data == "mini-world" else _beside(path, profile.data)
+    data = profile.data if profile.data in NAMED_DATA else _beside(path, profile.data)
     return replace(profile, base_model=base, data=data)
 
 

@@ -47,6 +47,8 @@ PARAMETERS = {
 class RunSpec:
     """All that could change a run's result. `run_id` is a hash of it (the profile's name aside).
 
+    A field with a default came later than the first records: at its default it is left out of the hash, so that their
+    identities stay.
     rank and alpha are None for `full` and `dora-magnitude`, which have no low-rank matrices.
     """
 
@@ -81,6 +83,7 @@ class RunSpec:
     checkpoints: int
     geometry: bool
     threads: int
+    evaluation: Literal["likelihood", "generate"] = "likelihood"
 
     @classmethod
     def from_profile(
@@ -139,6 +142,9 @@ class RunSpec:
         values = {k: v for k, v in dataclasses.asdict(self).items() if k != "profile"}
         for local in ("base_model", "data"):  # their hashes say what they are; a path says only where
             del values[local]
+        for field in dataclasses.fields(self):
+            if field.default is not dataclasses.MISSING and values[field.name] == field.default:
+                del values[field.name]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         rank = "" if self.rank is None else f"-r{self.rank}"
         return f"{self.task}-{self.method}{rank}-s{self.seed}-{digest}"
@@ -192,6 +198,8 @@ class RunResult:
     peak_memory_bytes: int
     resumed: bool
     shortened_prompts: int = 0  # training prompts that lost their beginning to cutoff_tokens
+    accuracy_per_token: float | None = None  # by length-normalised likelihood; None where the answers were generated
+    accuracy_by_task: dict[str, float] | None = None  # of a mixture; the paper's average is their unweighted mean
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -262,7 +270,10 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def read_predictions(folder: Path) -> list[dict]:
-    """The run's answers: id, gold, prediction, log_likelihoods {candidate: log p}, parsed."""
+    """The run's answers: id, gold, prediction, log_likelihoods {candidate: log p}, parsed.
+
+    Where a candidate has several tokens also log_likelihoods_per_token; where the answer was generated also its text.
+    """
     return read_lines(Path(folder) / "predictions.jsonl")
 
 

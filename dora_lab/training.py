@@ -13,7 +13,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -28,7 +27,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from dora_lab.adapters import AdapterConfig, adapted_modules, attach, trainable_parameters
 from dora_lab.checkpoint import save_adapter
 from dora_lab.data import IGNORED, load_examples, tokenized
-from dora_lab.evaluation import likelihood
+from dora_lab.evaluation import PROTOCOLS, accuracy, accuracy_by_task, as_row, per_token
 from dora_lab.geometry import delta_direction, delta_magnitude
 from dora_lab.models import answer_logits, load_base
 from dora_lab.records import (
@@ -46,6 +45,7 @@ from dora_lab.records import (
     write_record,
     write_text,
 )
+from dora_lab.tasks import task
 
 GEOMETRY_MODULES = ("q_proj", "v_proj")
 SEAL = "whole.json"  # written last into a checkpoint: the hash of each of its files
@@ -98,7 +98,8 @@ def _run(spec: RunSpec, folder: Path, progress: bool) -> RunRecord:
         if "loss" in row
     ]
     began = time.perf_counter()
-    predictions = likelihood(model, tokenizer, questions, spec.prompt, spec.evaluation_batch_size)
+    evaluate = PROTOCOLS[spec.evaluation]
+    predictions = evaluate(model, tokenizer, questions, spec.prompt, spec.evaluation_batch_size)
     evaluation_time = time.perf_counter() - began
 
     correct = sum(p.prediction == p.gold for p in predictions)
@@ -117,8 +118,10 @@ def _run(spec: RunSpec, folder: Path, progress: bool) -> RunRecord:
         peak_memory_bytes=_peak_memory_bytes(),
         resumed=checkpoint is not None,
         shortened_prompts=shortened_prompts,
+        accuracy_per_token=accuracy(per_token(predictions)) if spec.evaluation == "likelihood" else None,
+        accuracy_by_task=accuracy_by_task(predictions) if task(spec.task).parts else None,
     )
-    write_lines(folder / "predictions.jsonl", [asdict(p) for p in predictions])
+    write_lines(folder / "predictions.jsonl", [as_row(p) for p in predictions])
     write_lines(folder / "curve.jsonl", curve)
     if spec.geometry:
         write_lines(folder / "geometry.jsonl", trainer.geometry)

@@ -69,6 +69,11 @@ def test_missing_places_are_named(tiny_data, copied):
     ("content", "message"),
     [
         ('[{"instruction": "a",}]', r"test.json is not valid JSON \(.*line 1 column 2"),
+        (
+            '[{"instruction": "a b", "answer": "true"}, {"instruction": "a b", "answer": "false"},\n {"instr',
+            r"test.json is not valid JSON \(.*line 2 .*in record 2\): fetch or restore",
+        ),
+        ("", r"test.json is not valid JSON \(.*in record 0\)"),
         (b"\xff\xfe[", "test.json is not valid JSON"),
         ("{}", "test.json: expected a non-empty list of records, got dict"),
         ("[]", "test.json: expected a non-empty list of records"),

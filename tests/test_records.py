@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from dora_lab import records
-from dora_lab.profiles import load_profile
+from dora_lab.pipeline import of_profile
+from dora_lab.profiles import PROJECT, known_profiles, load_profile
 from dora_lab.records import (
     RunRecord,
     RunResult,
@@ -59,15 +60,32 @@ def folder(record, tmp_path):
 
 # --- identity ---
 
+OTHER_CHOICE = {"method": "lora", "split": "validation", "task": "winogrande", "evaluation": "generate"}
+
 
 def test_every_field_but_names_and_places_moves_the_identity(tiny_spec):
     spec = tiny_spec()
     other = {str: "other", int: 7, float: 0.5, bool: None, list: ["q_proj"], type(None): 7}
     for name, value in asdict(spec).items():
         changed = not value if isinstance(value, bool) else other[type(value)]
-        changed = {"method": "lora", "split": "validation", "task": "winogrande"}.get(name, changed)
+        changed = OTHER_CHOICE.get(name, changed)
         same = replace(spec, **{name: changed}).run_id == spec.run_id
         assert same == (name in ("profile", "base_model", "data")), name
+
+
+def test_every_recorded_run_has_the_identity_that_its_folder_has():
+    """As its record says it, and as its profile gives it: a new setting at its default must move neither."""
+    recorded = PROJECT / "data" / "results"
+    for name in sorted(path.name for path in recorded.iterdir() if path.name in known_profiles()):
+        profile, folder = load_profile(name), recorded / name
+        records, damaged = read_records(folder)
+        assert records and not damaged
+        assert {r.spec.run_id for r in records} == {path.parent.name for path in folder.glob("*/record.json")}
+        for spec in (record.spec for record in records):
+            rate, steps = spec.learning_rate, spec.steps  # a rate may have been tuned since
+            again = RunSpec.from_profile(profile, spec.task, spec.method, spec.rank, spec.seed, rate, steps, spec.split)
+            assert (folder / again.run_id / "record.json").is_file(), f"{spec.run_id} is now {again.run_id}"
+        assert of_profile(profile, records)
 
 
 def test_the_identity_says_what_the_run_is(tiny_spec):

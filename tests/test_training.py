@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from dora_lab import training
 from dora_lab.adapters import METHODS, AdapterConfig, attach
 from dora_lab.checkpoint import load_adapter
 from dora_lab.data import load_examples, tokenized
-from dora_lab.evaluation import likelihood
+from dora_lab.evaluation import as_row, likelihood
 from dora_lab.models import load_base
 from dora_lab.records import is_done, read_failures, read_lines, read_predictions, read_record, run_folder
 from dora_lab.training import finetune
@@ -107,7 +107,7 @@ def test_what_was_saved_answers_as_the_run_did(uninterrupted, tiny_spec, tiny_ba
         load_adapter(model, folder / "adapter")
     questions = load_examples(spec.data, spec.task, "test")
     again = likelihood(model, tokenizer, questions, spec.prompt, spec.evaluation_batch_size)
-    assert [asdict(p) for p in again] == read_predictions(folder)
+    assert [as_row(p) for p in again] == read_predictions(folder)
 
 
 def test_the_validation_split_is_evaluated_when_asked(tiny_spec, tmp_path):
