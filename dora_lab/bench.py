@@ -8,6 +8,7 @@ import gc
 import json
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -178,21 +179,28 @@ def saved_bytes(model: nn.Module, setting: Setting) -> int:
     """Bytes that autograd keeps between forward and backward: shared memory counted once, parameters not at all."""
     tokens = torch.randint(0, 1000, (setting.batch, setting.length), device=next(model.parameters()).device)
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, tuple[Tensor, int]] = {}
+    saved: list[weakref.ref[_Saved]] = []  # what the graph has let go by the end of the forward is not counted
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (tensor, storage.nbytes())
-        return tensor
+    def pack(tensor: Tensor) -> _Saved:
+        box = _Saved(tensor)
+        saved.append(weakref.ref(box))
+        return box
 
     model(input_ids=tokens, labels=tokens).loss.backward()  # what a first call alone computes is not counted
     model.zero_grad()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
         output = model(input_ids=tokens, labels=tokens)
-    total = sum(size for _, size in kept.values())
+    storages = [box.tensor.untyped_storage() for box in (ref() for ref in saved) if box is not None]
+    kept = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in own}
     del output
-    return total
+    return sum(kept.values())
+
+
+@dataclass(eq=False)
+class _Saved:
+    """A tensor that autograd keeps."""
+
+    tensor: Tensor
 
 
 def peak_bytes(step: Callable[[], None]) -> int | None:

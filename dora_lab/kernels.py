@@ -278,7 +278,7 @@ class _DoraProduct(torch.autograd.Function):
         grad_B = (ctx.scaling * gain)[:, None] * (narrow.T @ tokens).to(lora_B.dtype)  # (out, rank)
         grad_base = None
         if ctx.needs_input_grad[0]:
-            fits = work.dtype == grad.dtype == gain.dtype
+            fits = work.dtype == grad.dtype  # and then no second tensor of this size is made
             grad_base = torch.mul(grad, gain, out=work) if fits else (grad * gain).to(grad.dtype)  # (tokens, out)
             grad_base = grad_base.view(shape)
         return grad_base, grad_hidden.view(hidden.shape), grad_B, grad_m, None, None, None, None, None

@@ -23,6 +23,7 @@ CHANGES = {
     "training_stepper": {"step": 40, "learning_rate": 0.5},
     "difference_calculator": {"questions": 3270, "discordant": 0.3, "difference_pp": 4.0},
     "live_curves": {"runs": ("mini/b",)},
+    "memory_planner": {"rank": 128, "length": 1024},
     "results_browser": {"task": "winogrande", "kinds": (("full", None),), "seeds": (1, 2)},
 }
 

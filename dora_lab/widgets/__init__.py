@@ -7,6 +7,7 @@ from dora_lab.widgets.browser import results_browser
 from dora_lab.widgets.detectable import difference_calculator
 from dora_lab.widgets.direction import direction_explorer
 from dora_lab.widgets.live import live_curves
+from dora_lab.widgets.memory import memory_planner
 from dora_lab.widgets.panel import Panel
 from dora_lab.widgets.ranks import rank_explorer
 from dora_lab.widgets.stepper import training_stepper
@@ -16,6 +17,7 @@ __all__ = [
     "difference_calculator",
     "direction_explorer",
     "live_curves",
+    "memory_planner",
     "rank_explorer",
     "results_browser",
     "training_stepper",
