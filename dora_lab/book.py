@@ -17,6 +17,7 @@ from dora_lab.pipeline import RECORDED, RESULT_CHAPTERS, run_chapter
 from dora_lab.profiles import PROJECT, load_profile
 
 WORKER = "07_fine_tune"  # one run: shown as it stands, because a run is not a chapter to print
+WRITE_FIGURES = (*RESULT_CHAPTERS, "10_the_cost_of_dora")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CONFIGURATION = """\
 project = "DoRA Lab"
@@ -51,18 +52,23 @@ def run_chapters(profile: str, folder: Path, report: Callable[[str], None] = pri
             shutil.copy2(source, target)
         elif not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
             report(f"[{number}/{len(sources)}] {source.stem}")
-            parameters = {"profile": profile}
-            if source.stem in (*RESULT_CHAPTERS, "10_the_cost_of_dora"):
-                parameters["figures_dir"] = str(folder / "figures")
-            elif source.stem == "06_the_mini_world":
-                parameters["runs_dir"] = str(folder / "runs")
             try:
-                run_chapter(source.stem, target, **parameters)
+                run_chapter(source.stem, target, **chapter_parameters(source.stem, profile, folder))
             except RuntimeError:
                 target.rename(target.with_suffix(".failed.ipynb")) if target.exists() else None
                 raise
         done.append(target)
     return done
+
+
+def chapter_parameters(name: str, profile: str, folder: Path) -> dict[str, str]:
+    """What papermill gives a chapter so that all that it writes goes below `folder`."""
+    parameters = {"profile": profile}
+    if name in WRITE_FIGURES:
+        parameters["figures_dir"] = str(folder / "figures")
+    elif name == "06_the_mini_world":
+        parameters["runs_dir"] = str(folder / "runs")
+    return parameters
 
 
 def printable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

@@ -5,7 +5,8 @@ import re
 import nbformat
 import pytest
 
-from dora_lab.pipeline import RESULT_CHAPTERS, run_chapter
+from dora_lab.book import chapter_parameters
+from dora_lab.pipeline import run_chapter
 from dora_lab.profiles import PROJECT
 
 CHAPTERS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -46,15 +47,41 @@ def test_every_code_cell_but_the_last_is_followed_by_a_sentence(chapter):
             assert following.cell_type == "markdown", cell.source
 
 
+# What a reader must find on the page, as regular expressions, one after the other in any order.
+SEEN = {
+    "00": [r"cores +\d+", r"memory +[\d.]+ .B"],
+    "01": [r"20,480 numbers, 98\.05 % fewer", r"rank 10"],
+    "02": [r"Eq\. 6 against autograd: \d\.\de-1[4-9]", r"Eq\. 11 against autograd: (0\.0e\+00|\d\.\de-1[4-9])"],
+    "03": [r"relative difference 0\.\d{4}", r"PEFT 0\.\d+", r"DoRA, fast path +\d+\.\d\d MiB"],
+    "04": [r"largest change of a logit: 0\.0\b", r"of 9 percentages round to the printed ones"],
+    "05": [r"unparsed", r"questions with two different answers"],
+    "06": [r"tasks: True", r"tokenizer: True", r"without its question: \d\d\.\d %"],
+    "08": [r"DoRA minus LoRA on BoolQ: [+-]\d"],
+    "09": [r"dora  here [+-]\d\.\d\d, paper -0\.31"],
+    "10": [r"after step 3: 3 norms a layer", r"recorded, not computed here"],
+    "11": [r"total +\d+\.\d\d GB", r"fits on 40 GB up to \d+ tokens"],
+}
+
+
+def text_of(notebook) -> str:
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name[:2] != "07"])
 def test_a_chapter_runs_headless_on_the_mini_profile(name, tmp_path):
     """07, the worker, is run by the pipeline's tests, and asks for a task and a method."""
-    parameters = {"profile": "mini"}
-    if name in RESULT_CHAPTERS:
-        parameters["figures_dir"] = str(tmp_path / "figures")
-    elif name == "06_the_mini_world":
-        parameters["runs_dir"] = str(tmp_path / "runs")
-    run_chapter(name, tmp_path / "out.ipynb", **parameters)
+    run_chapter(name, tmp_path / "out.ipynb", **chapter_parameters(name, "mini", tmp_path))
     done = nbformat.read(tmp_path / "out.ipynb", as_version=4)
     assert all(cell.execution_count for cell in done.cells if cell.cell_type == "code" and cell.source.strip())
+    text = text_of(done)
+    for pattern in SEEN[name[:2]]:
+        assert re.search(pattern, text), (pattern, text)
+    assert not re.search(r"Exercise [\d.]+: (right|wrong|error)", text)  # nothing is solved as it is handed out
+    for cell in done.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                assert len(output["metadata"]["image/png"]["alt"]) > 40, cell.source
+            for picture in re.findall(r"<img [^>]*>", output.get("data", {}).get("text/html", "")):
+                assert re.search(r'alt="[^"]{40,}"', picture), cell.source
