@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 
 import pytest
 
@@ -91,5 +91,5 @@ def test_recording_replaces_what_the_profile_no_longer_gives(tiny_profile, tmp_p
 
 
 def _result(accuracy: float) -> RunResult:
-    zeros = {f.name: 0 for f in fields(RunResult)}
+    zeros = {f.name: 0 for f in fields(RunResult) if f.default is MISSING}
     return RunResult(**zeros | {"accuracy": accuracy, "n": 10, "resumed": False})
