@@ -291,27 +291,40 @@ def run(
     turns: int = 15,
     report: Callable[[str], None] = print,
     norm_shapes: tuple[tuple[int, int], ...] | None = None,
+    partial: Path | None = None,
 ) -> dict:
     """Measure every setting and variant, and the two norms; returns what `write` writes.
 
-    On a CUDA device the settings are LLaMA-7B's layers unless others are given.
+    On a CUDA device the settings are LLaMA-7B's layers unless others are given. `partial`: a file that keeps finished
+    settings; those that it has, from the same machine with the same versions and turns, are not measured again.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = settings or (CUDA_SETTINGS if device == "cuda" else CPU_SETTINGS)
-    rows = []
+    found = {"environment": environment(torch.get_num_threads()), "turns": turns, "rows": []}
+    before = _finished(partial, found) if partial else []
+    rows = found["rows"]
     for number, setting in enumerate(settings, 1):
-        new = measure(setting, turns, device)
+        kept = [row for row in before if row["setting"] == asdict(setting)]
+        new = kept or measure(setting, turns, device)
         ratios = ", ".join(f"{row['variant']} {row['step_to_lora']:.2f}" for row in new if "step_to_lora" in row)
         report(f"[{number}/{len(settings)}] {setting.name}: a step in LoRA's steps: {ratios}")
         rows += new
+        if partial:
+            write(found, partial)
         gc.collect()
     norm_shapes = norm_shapes or (LLAMA_7B_SHAPES if device == "cuda" else NORM_SHAPES)
-    return {
-        "environment": environment(torch.get_num_threads()),
-        "turns": turns,
-        "rows": rows,
-        "norms": measure_norms(norm_shapes, turns, device),
-    }
+    return found | {"norms": measure_norms(norm_shapes, turns, device)}
+
+
+def _finished(partial: Path, now: dict) -> list[dict]:
+    """Rows of an interrupted measurement that was made as this one is."""
+    try:
+        before = json.loads(partial.read_text())
+    except (OSError, json.JSONDecodeError):
+        return []
+    same = before["turns"] == now["turns"]
+    same &= {**before["environment"], "date": None} == {**now["environment"], "date": None}
+    return before["rows"] if same else []
 
 
 def write(found: dict, path: Path) -> None:

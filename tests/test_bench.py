@@ -1,8 +1,11 @@
 """The benchmark: what it counts, on a Llama of one small layer. Times are not looked at."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
+from dora_lab import bench
 from dora_lab.bench import EVALUATED, VARIANTS, Setting, build, make_step, run
 
 
@@ -18,6 +21,27 @@ def test_every_variant_is_measured_and_the_norm_is_taken_once_a_step():
     assert rows["lora"]["step_to_lora"] == rows["lora"]["evaluation_to_lora"] == 1
     assert "step_to_lora" not in rows["dora-merged"]
     assert [(row["rank"], row["out"], row["in"]) for row in found["norms"]] == [(4, 64, 32), (16, 64, 32)]
+
+
+def test_what_an_interrupted_measurement_finished_is_not_measured_again(tmp_path, monkeypatch):
+    settings, partial = (Setting(1, 4), Setting(1, 8)), tmp_path / "bench.partial"
+    measured = []
+
+    def measure(setting, turns, device):
+        measured.append(setting)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return [{"setting": asdict(setting), "variant": "lora", "step_to_lora": 1.0}]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    options = {"turns": 2, "report": lambda line: None, "norm_shapes": ((8, 8),), "partial": partial}
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, **options)
+    found = run(settings, **options)
+    assert measured == [settings[0], settings[1], settings[1]]
+    assert [row["setting"]["length"] for row in found["rows"]] == [4, 8]
+    run(settings, **options | {"turns": 3})  # another measurement
+    assert measured[3:] == list(settings)
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "dora-peft", "dora-peft-sped-up"])
