@@ -22,7 +22,7 @@ def profiles() -> None:
     from dora_lab.profiles import known_profiles, load_profile
 
     for name in known_profiles():
-        typer.echo(f"{name:12} {load_profile(name).summary}")
+        typer.echo(f"{name:21} {load_profile(name).summary}")
 
 
 @app.command()
@@ -40,8 +40,8 @@ def reproduce(
 
     try:
         loaded = load_profile(profile)
-        pipeline.preflight(runs_dir)
         specs = pipeline.grid(loaded, None if seeds is None else list(range(seeds)), method, rank)
+        pipeline.preflight(runs_dir, specs)
         summary = pipeline.run_grid(profile, specs, runs_dir.resolve(), jobs, typer.echo)
         figures = runs_dir.resolve() / loaded.name / "figures"
         for chapter in pipeline.RESULT_CHAPTERS:
@@ -84,10 +84,11 @@ def sweep(
 
     try:
         loaded = load_profile(profile)
-        preflight(runs_dir)
+        specs = sweep_specs(loaded)
+        preflight(runs_dir, specs)
         earlier = RECORDED / loaded.name / SWEEP
         recorded = read_sweep(earlier) if earlier.exists() else []
-        rows = run_sweep(sweep_specs(loaded), runs_dir, jobs, typer.echo, recorded)
+        rows = run_sweep(specs, runs_dir, jobs or loaded.jobs, typer.echo, recorded)
         chosen = best_rates(rows)
     except (ValueError, OSError) as error:
         _fail(error)
@@ -203,7 +204,53 @@ def bench(
     from dora_lab.bench import run, write
 
     try:
-        write(run(turns=turns, report=typer.echo), out)
+        partial = out.with_suffix(".partial")
+        write(run(turns=turns, report=typer.echo, partial=partial), out)
+        partial.unlink(missing_ok=True)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: finished settings are kept; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"written: {out}")
+
+
+@app.command()
+def claims(
+    figures_dir: Annotated[Path, typer.Option(help="Where claims.md is written.")] = Path("figures"),
+    fetch: Annotated[bool, typer.Option("--fetch", help="Get the report's raw outputs first.")] = False,
+) -> None:
+    """Test every claim of data/claims.yaml and write FIGURES_DIR/claims.md: verdict, number, measured on what."""
+    from dora_lab.claims import read_claims, run_claims, write_claims
+    from dora_lab.report_outputs import FILES, fetch_outputs
+
+    try:
+        for method in FILES if fetch else ():
+            typer.echo(f"{fetch_outputs(method)}: verified")
+        page = write_claims(run_claims(read_claims(), typer.echo), figures_dir)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(f"the claims: {page}")
+
+
+@app.command("measure-7b")
+def measure_7b(
+    out: Annotated[Path, typer.Argument(help="JSON file to write.")] = Path("data/results/gpu/llama-7b.json"),
+    model: Annotated[str, typer.Option(help="A shape: llama-7b, llama3-8b, …")] = "llama-7b",
+    variant: Annotated[list[str] | None, typer.Option(help="lora, dora, qdora, dora-peft; all if left out.")] = None,
+    rank: Annotated[int, typer.Option(min=1)] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 512,
+    logit_columns: Annotated[int | None, typer.Option(min=1, help="Labelled positions; all if left out.")] = None,
+    cap_gb: Annotated[float, typer.Option(help="GB of the GPU that may be used.")] = 40.0,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps of every variant.")] = 10,
+) -> None:
+    """Measure memory and speed of training LLaMA-7B's shape, random weights, beside the plan, and write them to OUT."""
+    from dora_lab.measure import Workload, measure, write
+
+    work = Workload(model, rank, batch, length, logit_columns=logit_columns, cap_gb=cap_gb)
+    try:
+        write(measure(work, tuple(variant) if variant else None, steps, typer.echo), out)
     except (ValueError, OSError) as error:
         _fail(error)
     typer.echo(f"written: {out}")

@@ -105,11 +105,19 @@ def count_fetched(task: Task, split: str) -> int:
 
 
 def tokenized(
-    tokenizer: PreTrainedTokenizerBase, examples: list[Example], template: str, append_eos: bool, cutoff_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    template: str,
+    append_eos: bool,
+    cutoff_tokens: int | None,
+    train_on_prompt: bool = False,
+    cut: str = "prompt",
 ) -> tuple[Dataset, int]:
-    """(input_ids and labels of every example, how many prompts were shortened); the labels of the prompt are IGNORED.
+    """(input_ids and labels of every example, how many were cut); the labels of the prompt are IGNORED.
 
-    A prompt too long for `cutoff_tokens` loses its beginning, never the answer behind it.
+    cutoff_tokens None cuts nothing. cut "prompt": one that is too long loses the beginning of its prompt, never the
+    answer behind it; "end": it loses its end, as in the report's code, though nothing of the answer may be left.
+    train_on_prompt: the labels of the prompt are its tokens.
     Raises ValueError if the answer alone is too long, or an end token is asked for and the tokenizer has none.
     """
     import datasets
@@ -122,13 +130,19 @@ def tokenized(
     count = 0
     for alone, ids in zip(tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"], strict=True):
         start = shared_length(alone, ids)
-        answer = ids[start:] + [tokenizer.eos_token_id] * append_eos
-        if len(answer) >= cutoff_tokens:
-            raise ValueError(f"cutoff_tokens {cutoff_tokens} is too small: an answer alone has {len(answer)} tokens")
-        kept = shortened(ids[:start], cutoff_tokens - len(answer), tokenizer.bos_token_id)
-        count += len(kept) < start
+        kept, answer = ids[:start], ids[start:] + [tokenizer.eos_token_id] * append_eos
+        if cutoff_tokens is not None and start + len(answer) > cutoff_tokens:
+            count += 1
+            if cut == "end":
+                kept, answer = kept[:cutoff_tokens], answer[: max(0, cutoff_tokens - start)]
+            elif len(answer) >= cutoff_tokens:
+                raise ValueError(
+                    f"cutoff_tokens {cutoff_tokens} is too small: an answer alone has {len(answer)} tokens"
+                )
+            else:
+                kept = shortened(kept, cutoff_tokens - len(answer), tokenizer.bos_token_id)
         columns["input_ids"].append(kept + answer)
-        columns["labels"].append([IGNORED] * len(kept) + answer)
+        columns["labels"].append((kept if train_on_prompt else [IGNORED] * len(kept)) + answer)
     return datasets.Dataset.from_dict(columns), count
 
 

@@ -1,4 +1,7 @@
-"""A base model and its tokenizer: the embedded mini-world's, a local folder, or a hub id. Safetensors only."""
+"""A base model and its tokenizer: the embedded mini-world's, a local folder, a hub id, or random weights of a shape.
+
+Safetensors only.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_lab.profiles import PROJECT
+from dora_lab.shapes import Shape, find_shape
 
 if TYPE_CHECKING:  # loaded when a model is, so that the command line starts quickly
+    import torch
     from torch import Tensor
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MINI_WORLD = PROJECT / "data" / "miniworld" / "base"
 
@@ -37,26 +42,29 @@ def base_folder(base_model: str) -> Path | None:
     return folder
 
 
-def load_base(base_model: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(causal language model in `dtype`, tokenizer with a pad token).
+def load_base(
+    base_model: str, dtype: str = "float32", device: str | torch.device = "cpu", **choices: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(causal language model in `dtype` on `device`, tokenizer with a pad token); choices: as for `load_model`.
 
-    Raises FileNotFoundError (missing folder or file) or ValueError (not a causal language model, weights that cannot
-    be read or do not fit their configuration, no tokenizer, a tokenizer with more tokens than the model).
+    Raises what `load_tokenizer` and `load_model` raise, and ValueError for a tokenizer with more tokens than the model.
     """
-    import torch
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        LlamaTokenizer,
-    )
-    from transformers.utils.logging import disable_progress_bar
+    model = load_model(base_model, dtype, device, choices.get("revision"), choices.get("quantisation") or "none")
+    tokenizer = load_tokenizer(base_model, choices.get("revision"), choices.get("tokenizer"))
+    check_vocabulary(base_model, tokenizer, model.get_input_embeddings().num_embeddings)
+    return model, tokenizer
 
-    disable_progress_bar()
-    folder = base_folder(base_model)
-    name = str(folder or base_model)
-    options = {"trust_remote_code": False, "local_files_only": folder is not None}
+
+def load_config(base_model: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a causal language model; of a hub id, this one small file is fetched.
+
+    Raises FileNotFoundError (missing folder or file) or ValueError (unreadable, or not a causal language model).
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    if is_random(base_model):
+        return _llama_config(find_shape(base_model))
+    name, options = _place(base_model, revision)
     try:
         config = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -66,34 +74,143 @@ def load_base(base_model: str, dtype: str = "float32") -> tuple[PreTrainedModel,
             f"base model {name} is a {config.model_type!r} model, which cannot generate text: "
             "give a causal language model such as a Llama"
         )
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
-        )
-    except Exception as error:  # safetensors and transformers raise many kinds
-        raise ValueError(f"base model {name}: its weights cannot be read ({_first_line(error)})") from error
-    if report["missing_keys"] or report.get("mismatched_keys"):
-        missing = sorted(report["missing_keys"])[:3]
-        raise ValueError(f"base model {name}: the weights do not fit the configuration (missing, e.g., {missing})")
+    return config
+
+
+def load_model(
+    base_model: str,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    quantisation: str = "none",
+) -> PreTrainedModel:
+    """The model in `dtype` on `device`; its linear layers in 8 or 4 bits if `quantisation` is not "none".
+
+    `random:<shape>` is made on the device, in that precision, from the seed 0.
+    Raises FileNotFoundError (missing folder or file) or ValueError (not a causal language model, weights that cannot
+    be read or do not fit their configuration).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    from dora_lab.quantised import bitsandbytes_config, keep_layout, random_llama
+
+    disable_progress_bar()
+    config, number = load_config(base_model, revision), getattr(torch, dtype)
+    if is_random(base_model):
+        model = random_llama(config, number, device, quantisation)
+    else:
+        name, options = _place(base_model, revision)
+        if quantisation != "none":
+            options["quantization_config"] = bitsandbytes_config(quantisation, number)
+        if quantisation != "none" or torch.device(device).type != "cpu":
+            options["device_map"] = {"": device}
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=number, use_safetensors=True, output_loading_info=True, **options
+            )
+        except Exception as error:  # safetensors and transformers raise many kinds
+            raise ValueError(f"base model {name}: its weights cannot be read ({_first_line(error)})") from error
+        if report["missing_keys"] or report.get("mismatched_keys"):
+            missing = sorted(report["missing_keys"])[:3]
+            raise ValueError(f"base model {name}: the weights do not fit the configuration (missing, e.g., {missing})")
+    keep_layout(model)
+    model.config.use_cache = False
+    return model
+
+
+def load_tokenizer(
+    base_model: str, revision: str | None = None, tokenizer: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, or that of `tokenizer`, another base or folder; with a pad token.
+
+    Raises FileNotFoundError for a missing folder, ValueError if there is none or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if tokenizer is None and is_random(base_model):
+        raise ValueError(f"base model {base_model} has no tokenizer: set tokenizer to a folder or base that has one")
+    name, options = _place(base_model, revision) if tokenizer is None else _tokenizer_place(tokenizer)
+    folder = Path(name) if options["local_files_only"] else None
     try:
         if folder and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             if not (folder / "tokenizer.model").is_file():
                 raise OSError("there is no tokenizer.json and no tokenizer.model: copy the tokenizer's files there")
-            # LLaMA's own file says nothing of how it is used: with a begin token, as LLaMA was pretrained
-            tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+            loaded = _from_sentencepiece(folder / "tokenizer.model")
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            loaded = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"base model {name}: its tokenizer cannot be read ({_first_line(error)})") from error
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.unk_token or loaded.eos_token
+    return loaded
+
+
+def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
+    """LLaMA's own file, with a begin token, as LLaMA was pretrained.
+
+    Merges come in the order of the pieces' scores. In that of their numbers, as transformers reads the file, runs of
+    spaces come too early and take the space from the word behind them.
+    """
+    import sentencepiece
+    from transformers import LlamaTokenizer
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path.name} is damaged ({_first_line(error)})") from error
+    numbers = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    merges = [
+        (piece[:i], piece[i:])
+        for piece in numbers
+        for i in range(1, len(piece))
+        if piece[:i] in numbers and piece[i:] in numbers
+    ]
+    merges.sort(key=lambda pair: (-pieces.get_score(numbers["".join(pair)]), -len(pair[0])))
+    return LlamaTokenizer(vocab=numbers, merges=merges, add_bos_token=True)
+
+
+def check_vocabulary(base_model: str, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Raise ValueError if the tokenizer has more tokens than the model has embeddings."""
+    if len(tokenizer) > embeddings:
         raise ValueError(
-            f"base model {name}: the tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{model.get_input_embeddings().num_embeddings}: they do not belong together"
+            f"base model {base_model}: the tokenizer has {len(tokenizer)} tokens, the model only {embeddings}: "
+            "they do not belong together"
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    model.config.use_cache = False
-    return model, tokenizer
+
+
+def is_random(base_model: str) -> bool:
+    """Whether random weights of a known shape are meant."""
+    return base_model.startswith("random:")
+
+
+def _place(base_model: str, revision: str | None) -> tuple[str, dict]:
+    """(folder or hub id, how transformers is to load from there)."""
+    folder = base_folder(base_model)
+    options = {"trust_remote_code": False, "local_files_only": folder is not None}
+    return str(folder or base_model), options if folder or not revision else options | {"revision": revision}
+
+
+def _tokenizer_place(tokenizer: str) -> tuple[str, dict]:
+    if tokenizer == "mini-world" or not Path(tokenizer).expanduser().is_dir():
+        return _place(tokenizer, None)  # which says what is missing
+    return str(Path(tokenizer).expanduser()), {"trust_remote_code": False, "local_files_only": True}
+
+
+def _llama_config(shape: Shape) -> PretrainedConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
+    )
 
 
 def answer_logits(
@@ -114,14 +231,29 @@ def answer_logits(
     return logits[rows, torch.searchsorted(kept, columns.contiguous())].float()  # (positions, vocabulary)
 
 
-def base_sha256(base_model: str) -> str:
-    """One hash over configuration, weights and tokenizer of a local base; for a hub id, of the id itself."""
-    folder = base_folder(base_model)
+def base_sha256(base_model: str, revision: str | None = None, tokenizer: str | None = None) -> str:
+    """One hash over configuration, weights and tokenizer of a local base.
+
+    For a hub id, of the id and its revision; for random weights, of the shape's name. A tokenizer of its own counts.
+    """
+    folder = None if is_random(base_model) else base_folder(base_model)
     digest = hashlib.sha256(b"" if folder else base_model.encode())
-    for path in sorted(folder.iterdir()) if folder else ():
-        if path.suffix in (".json", ".safetensors", ".model"):
-            digest.update(path.name.encode() + b"\0" + _file_sha256(path, path.stat().st_mtime_ns))
+    if revision and not folder:
+        digest.update(f"@{revision}".encode())
+    _add_files(digest, folder, (".json", ".safetensors", ".model"))
+    if tokenizer is not None:
+        place, options = _tokenizer_place(tokenizer)
+        if options["local_files_only"]:
+            _add_files(digest, Path(place), (".json", ".model"))
+        else:
+            digest.update(f"\0tokenizer {tokenizer}".encode())
     return digest.hexdigest()
+
+
+def _add_files(digest, folder: Path | None, kinds: tuple[str, ...]) -> None:
+    for path in sorted(folder.iterdir()) if folder else ():
+        if path.suffix in kinds:
+            digest.update(path.name.encode() + b"\0" + _file_sha256(path, path.stat().st_mtime_ns))
 
 
 @functools.lru_cache

@@ -1,5 +1,6 @@
 """The grid of runs through papermill: one process a run, resumable, failures named and not hidden."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,10 +9,12 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dora_lab.profiles import PROJECT, Profile
+from dora_lab.preflight import check_base, check_memory, is_large
+from dora_lab.profiles import PROJECT, Profile, load_profile
 from dora_lab.records import (
     LOW_RANK,
     RunRecord,
@@ -101,7 +104,7 @@ def run_grid(
     KeyboardInterrupt; what is finished stays, what was running goes on from its last checkpoint next time.
     `profile_name` is the name or path that the worker notebook is given.
     """
-    jobs = jobs or max(1, (os.cpu_count() or 1) // specs[0].threads)
+    jobs = jobs or load_profile(profile_name).jobs or max(1, (os.cpu_count() or 1) // specs[0].threads)
     summary = Summary(len(specs))
     waiting = [spec for spec in specs if not is_done(run_folder(runs_dir, spec))]
     summary.done_before = len(specs) - len(waiting)
@@ -200,12 +203,24 @@ def against_recorded(profile: Profile, specs: list[RunSpec], runs_dir: Path) -> 
     return ["Compared with the recorded results:", *compared_with_recorded(live, recorded)]
 
 
-def preflight(runs_dir: Path) -> None:
-    """See that results can be written before anything is run. Raises OSError saying what to do."""
+def preflight(runs_dir: Path, specs: Iterable[RunSpec] = ()) -> None:
+    """See that results can be written and that the runs' bases can be had and fit, before anything is run.
+
+    Raises OSError, FileNotFoundError or ValueError saying what to do. The GPU is looked at by a process that ends, so
+    that nothing of it is held.
+    """
     prepare_folder(Path(runs_dir))
     free = shutil.disk_usage(runs_dir).free
     if free < NEEDED_BYTES:
         raise OSError(f"only {free // 2**20} MiB free at {runs_dir}, {NEEDED_BYTES // 2**20} needed: free some space")
+    bases = {(spec.base_model, spec.revision, spec.tokenizer): spec for spec in specs}
+    for spec in bases.values():
+        check_base(spec)
+    large = {spec.method: spec for spec in specs if is_large(spec)}
+    if large:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            for spec in large.values():
+                pool.submit(check_memory, spec).result()
 
 
 def _start(profile_name: str, spec: RunSpec, runs_dir: Path) -> subprocess.Popen:

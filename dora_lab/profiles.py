@@ -18,6 +18,8 @@ FOLDER = PROJECT / "data" / "profiles"
 NAMED_DATA = ("mini-world", "llm-adapters")  # what `data` may be besides a folder
 
 Method = Literal["full", "lora", "dora", "dora-magnitude"]
+Quantisation = Literal["none", "int8", "nf4", "nf4-double"]  # of the frozen base's linear layers
+Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw"]
 Positive = Annotated[int, Field(ge=1, strict=True)]  # strict: no true, no 1.0
 Natural = Annotated[int, Field(ge=0, strict=True)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
@@ -30,7 +32,13 @@ class Profile:
     `alpha = scaling * rank`. `data` and `base_model` are "mini-world" or a folder (relative ones start at the profile's
     own file; write `./name` for a base model, which may be a hub id as well). `data` may be "llm-adapters" too: the
     real files, fetched and verified. `evaluation`: "likelihood" scores the candidates, "generate" is the paper's way.
-    `prompt`: "alpaca" is LLM-Adapters' full preamble, "alpaca-short" keeps its two headings only.
+    `prompt`: "alpaca" is LLM-Adapters' full preamble, "alpaca-short" keeps its two headings only, "alpaca-indented" is
+    the report's.
+
+    base_model may be `random:<shape>` too (`dora_lab.shapes`): random weights, with the `tokenizer` of another base or
+    folder. revision: commit of a hub id. A step reads `batch_size * gradient_accumulation` examples, `micro_batch_size`
+    of them at a time where it is given. cutoff_tokens "auto": the longest prompt with its answer; cut: what one that is
+    longer loses, the beginning of its "prompt" or its "end", answer included. jobs: runs at a time, for the grid.
     """
 
     name: str
@@ -43,9 +51,9 @@ class Profile:
     rank: Positive
     scaling: Annotated[float, Field(gt=0)]
     target_modules: list[str]
-    prompt: Literal["alpaca", "alpaca-short"]
+    prompt: Literal["alpaca", "alpaca-short", "alpaca-indented"]
     append_eos: bool
-    cutoff_tokens: Positive
+    cutoff_tokens: Positive | Literal["auto"]
     steps: dict[str, Positive]
     batch_size: Positive
     warmup_steps: Natural
@@ -65,6 +73,16 @@ class Profile:
     geometry: bool = True
     threads: Positive = 1
     evaluation: Literal["likelihood", "generate"] = "likelihood"
+    revision: str | None = None
+    tokenizer: str | None = None
+    quantisation: Quantisation = "none"
+    optimizer: Optimizer = "adamw"
+    gradient_checkpointing: bool = False
+    micro_batch_size: Positive | None = None
+    length_grouped: bool = False
+    train_on_prompt: bool = False
+    cut: Literal["prompt", "end"] = "prompt"
+    jobs: Positive | None = None
 
     @model_validator(mode="after")
     def _tasks_are_known(self):
@@ -73,7 +91,16 @@ class Profile:
         missing = [name for name in self.tasks if name not in self.steps]
         if missing:
             raise ValueError(f"steps has no entry for the task(s) {', '.join(missing)}")
+        check_micro_batch(self.batch_size * self.gradient_accumulation, self.micro_batch_size)
+        if self.cut == "end" and not self.train_on_prompt:
+            raise ValueError("cut 'end' can leave an example without its answer: it needs train_on_prompt true")
         return self
+
+
+def check_micro_batch(effective: int, micro: int | None) -> None:
+    """Raise ValueError if a step's `effective` examples cannot be read `micro` at a time."""
+    if micro and effective % micro:
+        raise ValueError(f"micro_batch_size {micro} does not divide the {effective} examples of a step: take a divisor")
 
 
 def known_profiles() -> list[str]:
@@ -100,9 +127,12 @@ def load_profile(name_or_path: str | Path) -> Profile:
         profile = TypeAdapter(Profile).validate_python(values)
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error)}; correct the file") from error
-    base = _beside(path, profile.base_model) if profile.base_model.startswith((".", "~")) else profile.base_model
+    base, tokenizer = (
+        _beside(path, name) if name and name.startswith((".", "~")) else name
+        for name in (profile.base_model, profile.tokenizer)
+    )
     data = profile.data if profile.data in NAMED_DATA else _beside(path, profile.data)
-    return replace(profile, base_model=base, data=data)
+    return replace(profile, base_model=base, tokenizer=tokenizer, data=data)
 
 
 def _beside(profile_path: Path, folder: str) -> str:

@@ -24,10 +24,22 @@ from pydantic.dataclasses import dataclass
 from dora_lab import tasks
 from dora_lab.data import data_sha256
 from dora_lab.models import base_sha256
-from dora_lab.profiles import PROJECT, Method, Natural, Positive, Profile, Rate, explain, load_profile
+from dora_lab.profiles import (
+    PROJECT,
+    Method,
+    Natural,
+    Optimizer,
+    Positive,
+    Profile,
+    Quantisation,
+    Rate,
+    explain,
+    load_profile,
+)
 
 METHODS = Method.__args__
 LOW_RANK = ("lora", "dora")
+LIVE_CURVE = "curve.partial.jsonl"  # of a run that goes on; `curve.jsonl` takes its place at the end
 _CONFIG = ConfigDict(extra="forbid")
 # The parameters of 07_fine_tune.ipynb and what each is read as; "" or None takes the profile's value.
 PARAMETERS = {
@@ -69,7 +81,7 @@ class RunSpec:
     dropout: float
     prompt: str
     append_eos: bool
-    cutoff_tokens: int
+    cutoff_tokens: int | Literal["auto"]
     train_examples: int | None
     validation_examples: int | None
     test_examples: int | None
@@ -84,6 +96,19 @@ class RunSpec:
     geometry: bool
     threads: int
     evaluation: Literal["likelihood", "generate"] = "likelihood"
+    revision: str | None = None
+    tokenizer: str | None = None
+    quantisation: Quantisation = "none"
+    optimizer: Optimizer = "adamw"
+    gradient_checkpointing: bool = False
+    micro_batch_size: Positive | None = None
+    length_grouped: bool = False
+    train_on_prompt: bool = False
+    cut: Literal["prompt", "end"] = "prompt"
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation
 
     @classmethod
     def from_profile(
@@ -115,6 +140,11 @@ class RunSpec:
             raise ValueError(
                 f"profile {profile.name!r} has no steps for {task}: it has {', '.join(profile.steps)}; or give steps"
             )
+        if method == "full" and profile.quantisation != "none":
+            raise ValueError(
+                f"a base in {profile.quantisation} cannot be trained in full: choose lora, dora or dora-magnitude, or "
+                "a profile with quantisation none"
+            )
         if method in LOW_RANK and rank is None:
             rank = profile.rank
         values = {f.name: getattr(profile, f.name) for f in dataclasses.fields(cls) if hasattr(profile, f.name)}
@@ -128,7 +158,7 @@ class RunSpec:
             "learning_rate": profile.learning_rate[method][task] if learning_rate is None else learning_rate,
             "steps": profile.steps[task] if steps is None else steps,
             "split": split,
-            "base_sha256": base_sha256(profile.base_model),
+            "base_sha256": base_sha256(profile.base_model, profile.revision, profile.tokenizer),
             "data_sha256": data_sha256(profile.data, task),
         }
         try:
@@ -140,11 +170,11 @@ class RunSpec:
     def run_id(self) -> str:
         """`<task>-<method>[-r<rank>]-s<seed>-<ten hex digits>`."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if k != "profile"}
-        for local in ("base_model", "data"):  # their hashes say what they are; a path says only where
+        for local in ("base_model", "data", "tokenizer"):  # their hashes say what they are; a path says only where
             del values[local]
         for field in dataclasses.fields(self):
-            if field.default is not dataclasses.MISSING and values[field.name] == field.default:
-                del values[field.name]
+            if field.default is not dataclasses.MISSING and values.get(field.name) == field.default:
+                values.pop(field.name, None)
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         rank = "" if self.rank is None else f"-r{self.rank}"
         return f"{self.task}-{self.method}{rank}-s{self.seed}-{digest}"
@@ -197,9 +227,12 @@ class RunResult:
     evaluation_time_s: float
     peak_memory_bytes: int
     resumed: bool
-    shortened_prompts: int = 0  # training prompts that lost their beginning to cutoff_tokens
+    shortened_prompts: int = 0  # training examples that lost their beginning, or end, to cutoff_tokens
     accuracy_per_token: float | None = None  # by length-normalised likelihood; None where the answers were generated
     accuracy_by_task: dict[str, float] | None = None  # of a mixture; the paper's average is their unweighted mean
+    micro_batch_size: int | None = None  # examples read at a time, over all processes
+    base_revision: str | None = None  # commit of a base from the hub
+    processes: int = 1
 
 
 @dataclass(frozen=True, config=_CONFIG)

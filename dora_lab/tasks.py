@@ -16,6 +16,9 @@ PREAMBLE = (
 TEMPLATES = {
     "alpaca": PREAMBLE + "### Instruction:\n{instruction}\n\n### Response:\n",
     "alpaca-short": "### Instruction:\n{instruction}\n\n### Response:\n",
+    # The report's: every line after the first begins with 16 spaces, the one of the answer too.
+    "alpaca-indented": PREAMBLE
+    + "{pad}### Instruction:\n{pad}{{instruction}}\n{pad}\n{pad}### Response:\n{pad}".format(pad=16 * " "),
 }
 _FORMAT = re.compile(r"Answer format:\s*(\S+)\s*$")
 

@@ -145,3 +145,23 @@ def real_data() -> Path:
     if not (folder / "llm_adapters").is_dir():
         pytest.skip(f"no real task files: {folder / 'llm_adapters'} does not exist")
     return folder
+
+
+@pytest.fixture
+def report_cache(real_data, tmp_path_factory, monkeypatch) -> Path:
+    """A cache with the report's raw outputs, the real task files and LLaMA's tokenizer; returns the outputs' folder."""
+    if not (real_data / "report_outputs").is_dir():
+        pytest.skip(f"no raw outputs of the report: {real_data / 'report_outputs'} does not exist")
+    cache = tmp_path_factory.mktemp("report_cache")
+    monkeypatch.setenv("DORA_LAB_CACHE", str(cache))
+    outputs, dataset = cache / "report-outputs", cache / "llm-adapters" / "dataset"
+    dataset.mkdir(parents=True)
+    outputs.mkdir()
+    (outputs / "results").symlink_to(real_data / "report_outputs")
+    (cache / "llama_tokenizer").symlink_to(real_data / "llama_tokenizer")
+    for task in ("boolq", "winogrande"):
+        (dataset / task).symlink_to(real_data / "llm_adapters" / task)
+    (dataset / "hellaswag").mkdir()
+    rebuilt = real_data / "llm_adapters" / "hellaswag" / "validation_reconstructed.json"
+    (dataset / "hellaswag" / "test.json").symlink_to(rebuilt)
+    return outputs

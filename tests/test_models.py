@@ -81,6 +81,14 @@ def test_a_folder_without_a_tokenizer_is_named(copied):
         load_base(str(copied))
 
 
+def test_a_damaged_tokenizer_is_named(copied):
+    for path in copied.glob("tokenizer*"):
+        path.unlink()
+    (copied / "tokenizer.model").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="its tokenizer cannot be read .tokenizer.model is damaged"):
+        load_base(str(copied))
+
+
 @pytest.mark.parametrize(
     "other",
     [

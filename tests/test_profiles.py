@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from dora_lab.adapters import METHODS
-from dora_lab.profiles import Method, known_profiles, load_profile
+from dora_lab.profiles import FOLDER, Method, known_profiles, load_profile
 
 
 def test_the_shipped_profiles_load_and_cover_their_own_grid():
@@ -80,3 +80,32 @@ def test_relative_folders_start_at_the_profiles_own_file(tmp_path, tiny_profile,
 
 def test_a_hub_id_stays_a_hub_id(tmp_path, tiny_profile):
     assert load_profile(_write(tmp_path, tiny_profile, base_model="yahma/llama-7b-hf")).base_model.startswith("yahma/")
+
+
+@pytest.mark.parametrize("name", ["small", "llama-7b", "llama-7b-as-reported", "llama-7b-paper"])
+def test_every_value_of_a_real_profile_says_where_it_is_from(name):
+    """A comment on the line, on the line of the key above it, or on the lines in front of it."""
+    path, commented = FOLDER / f"{name}.yaml", False
+    for line in path.read_text().splitlines():
+        if line.startswith("#"):
+            commented = True
+        elif line.startswith(" "):
+            assert "#" in line or commented, f"{path.name}: {line}"
+        else:
+            own = "#" in line
+            assert own or commented or line.split(":")[0] in ("name", "summary", "learning_rate"), (
+                f"{path.name}: {line}"
+            )
+            commented = commented and not own
+
+
+def test_the_llama_profiles_are_the_reports_six_runs_and_the_papers_recipe():
+    mended, reported, paper = map(load_profile, ("llama-7b", "llama-7b-as-reported", "llama-7b-paper"))
+    for profile in (mended, reported):
+        cells = {(t, m) for t in profile.tasks for m in profile.methods}
+        assert len(cells) == 6 and len(profile.seeds) == 1
+    assert (mended.rank, mended.scaling, mended.batch_size, mended.warmup_steps) == (32, 2.0, 16, 100)
+    assert not mended.train_on_prompt and mended.gradient_checkpointing and mended.cutoff_tokens == "auto"
+    assert reported.train_on_prompt and not reported.gradient_checkpointing and reported.cut == "end"
+    assert (reported.cutoff_tokens, reported.dtype, reported.evaluation) == (256, "float16", "generate")
+    assert paper.tasks == ["commonsense_170k"] and paper.evaluation == "generate"

@@ -61,6 +61,8 @@ def folder(record, tmp_path):
 # --- identity ---
 
 OTHER_CHOICE = {"method": "lora", "split": "validation", "task": "winogrande", "evaluation": "generate"}
+OTHER_CHOICE |= {"revision": "other", "tokenizer": "other", "quantisation": "nf4", "optimizer": "adamw-8bit"}
+OTHER_CHOICE |= {"cut": "end"}
 
 
 def test_every_field_but_names_and_places_moves_the_identity(tiny_spec):
@@ -70,7 +72,7 @@ def test_every_field_but_names_and_places_moves_the_identity(tiny_spec):
         changed = not value if isinstance(value, bool) else other[type(value)]
         changed = OTHER_CHOICE.get(name, changed)
         same = replace(spec, **{name: changed}).run_id == spec.run_id
-        assert same == (name in ("profile", "base_model", "data")), name
+        assert same == (name in ("profile", "base_model", "data", "tokenizer")), name
 
 
 def test_every_recorded_run_has_the_identity_that_its_folder_has():

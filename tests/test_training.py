@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dora_lab import training
+from dora_lab import guards, sealed, trainer, training
 from dora_lab.adapters import METHODS, AdapterConfig, attach
 from dora_lab.checkpoint import load_adapter
 from dora_lab.data import load_examples, tokenized
@@ -125,17 +125,17 @@ def test_the_loss_is_the_models_own_on_masked_labels(tiny_spec, tmp_path):
     model, tokenizer = load_base(spec.base_model)
     attach(model, AdapterConfig("lora", 2, 4.0), torch.Generator().manual_seed(0))
     rows, _ = tokenized(tokenizer, load_examples(spec.data, spec.task, "train", None, 10), spec.prompt, True, 64)
-    batch = training._collate([rows[i] for i in range(5)])
-    trainer = training._RunTrainer(spec, model.eval(), rows, tmp_path, progress=False)
+    batch = trainer.collate([rows[i] for i in range(5)])
+    made = trainer.RunTrainer(spec, model.eval(), rows, tmp_path, progress=False)
     expected = model(**batch, attention_mask=torch.ones_like(batch["input_ids"])).loss
-    torch.testing.assert_close(trainer.compute_loss(model, batch), expected)
+    torch.testing.assert_close(made.compute_loss(model, batch), expected)
 
 
 def test_the_order_follows_from_the_seed_and_reads_all_before_any_twice(tiny_spec):
-    order = training._order(10, tiny_spec(steps=6, batch_size=4))
+    order = trainer.order([1] * 10, tiny_spec(steps=6, batch_size=4))
     assert len(order) == 24 and set(order[:10]) == set(order[10:20]) == set(range(10))
-    assert order == training._order(10, tiny_spec(steps=6, batch_size=4, method="lora"))
-    assert order != training._order(10, tiny_spec(steps=6, batch_size=4, seed=1))
+    assert order == trainer.order([1] * 10, tiny_spec(steps=6, batch_size=4, method="lora"))
+    assert order != trainer.order([1] * 10, tiny_spec(steps=6, batch_size=4, seed=1))
 
 
 def test_accumulated_steps_equal_one_large_step(tiny_spec, tmp_path):
@@ -172,7 +172,7 @@ def _stop_after(monkeypatch, checkpoints: int):
         if len(seen) == checkpoints:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._AtCheckpoints, "on_save", on_save)
+    monkeypatch.setattr(guards.AtCheckpoints, "on_save", on_save)
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(uninterrupted, tiny_s
     folder = stopped(checkpoints=3)
     last, before = folder / "checkpoints" / "checkpoint-9", folder / "checkpoints" / "checkpoint-6"
     (last / name).write_bytes((last / name).read_bytes()[:-20])
-    assert training._last_whole_checkpoint(folder / "checkpoints") == before and not last.exists()
+    assert sealed.last_whole_checkpoint(folder / "checkpoints") == before and not last.exists()
     assert finetune(tiny_spec(), tmp_path, progress=False).result.resumed
     assert _same(uninterrupted["dora"], folder)
 
@@ -212,8 +212,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(uninterrupted, tiny_s
 def test_half_written_checkpoints_mean_a_fresh_start(uninterrupted, tiny_spec, stopped, tmp_path):
     folder = stopped(checkpoints=2)
     first, second = sorted((folder / "checkpoints").glob("checkpoint-*"))
-    (first / training.SEAL).unlink()
-    (second / training.SEAL).write_text("{")
+    (first / sealed.SEAL).unlink()
+    (second / sealed.SEAL).write_text("{")
     assert not finetune(tiny_spec(), tmp_path, progress=False).result.resumed
     assert _same(uninterrupted["dora"], folder)
 
@@ -234,7 +234,7 @@ def test_a_killed_process_is_gone_on_with_to_the_same_bits(tiny_profile, tiny_sp
     command = [sys.executable, "-c", CHILD, str(tiny_profile), str(tmp_path / "killed"), "120"]
     child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     until = time.monotonic() + 120
-    while not list(folder.glob(f"checkpoints/*/{training.SEAL}")) and time.monotonic() < until:
+    while not list(folder.glob(f"checkpoints/*/{sealed.SEAL}")) and time.monotonic() < until:
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL and not is_done(folder)
@@ -276,14 +276,14 @@ def test_a_rank_larger_than_a_matrix_is_named_and_noted(tiny_spec, tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_an_error(tiny_spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "answer_logits", lambda *a: training_logits(*a) * float("nan"))
+    monkeypatch.setattr(trainer, "answer_logits", lambda *a: training_logits(*a) * float("nan"))
     training_logits = __import__("dora_lab.models", fromlist=["answer_logits"]).answer_logits
     with pytest.raises(ValueError, match="the loss is nan at step 1: training diverged; lower the learning rate"):
         finetune(tiny_spec(), tmp_path, progress=False)
 
 
 def test_a_full_disk_while_saving_is_named_and_the_run_goes_on_later(uninterrupted, tiny_spec, tmp_path, monkeypatch):
-    save, calls = training.save_file, []
+    save, calls = trainer.save_file, []
 
     def full(tensors, path):
         calls.append(path)
@@ -292,7 +292,7 @@ def test_a_full_disk_while_saving_is_named_and_the_run_goes_on_later(uninterrupt
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         save(tensors, path)
 
-    monkeypatch.setattr(training, "save_file", full)
+    monkeypatch.setattr(trainer, "save_file", full)
     with pytest.raises(OSError, match=r"cannot write .*checkpoint-6 .*No space left.*: free space there"):
         finetune(tiny_spec(), tmp_path, progress=False)
     folder = run_folder(tmp_path, tiny_spec())
@@ -307,7 +307,7 @@ def test_training_is_not_lost_when_the_record_cannot_be_written(uninterrupted, t
     with pytest.raises(OSError, match=r"cannot write .*curve\.jsonl"):
         finetune(tiny_spec(), tmp_path, progress=False)
     (folder / "curve.jsonl").rmdir()
-    monkeypatch.setattr(training._RunTrainer, "training_step", None)  # no step is taken again
+    monkeypatch.setattr(trainer.RunTrainer, "training_step", None)  # no step is taken again
     assert finetune(tiny_spec(), tmp_path, progress=False).result.resumed
     assert _same(uninterrupted["dora"], folder)
 

@@ -14,7 +14,7 @@ from nbconvert import HTMLExporter
 
 from dora_lab import geometry, power, widgets
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunRecord, RunResult, RunSpec, read_record, write_record
+from dora_lab.records import LIVE_CURVE, RunRecord, RunResult, RunSpec, read_record, write_record
 from dora_lab.widgets import detectable, direction, live, panel, ranks, stepper
 
 CHANGES = {
@@ -292,19 +292,17 @@ def test_a_difference_above_the_discordant_share_is_cut_to_it():
 # --- live curves ------------------------------------------------------------------------------------------------------
 
 
-def state_of(folder, step, rows):
-    path = folder / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"log_history": rows}))
-    return path
+def goes_on(folder, *rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LIVE_CURVE).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_run_that_goes_on_is_read_up_to_its_last_whole_checkpoint(runs):
-    rows = [{"step": step, "loss": 1 / step, "learning_rate": 0.1, "epoch": 0.0} for step in (2, 4)]
-    state_of(runs / "mini" / "c", 4, [*rows, {"step": 4, "train_runtime": 1.0}])
-    state_of(runs / "mini" / "c", 30, [])
-    (runs / "mini" / "c" / "checkpoints" / "checkpoint-30" / "trainer_state.json").write_text('{"log_')
-    assert [row["step"] for row in live.read_curve(runs / "mini" / "c")] == [2, 4]
+def test_a_run_that_goes_on_is_read_up_to_its_last_whole_line(runs):
+    rows = [{"step": step, "loss": 1 / step, "learning_rate": 0.1} for step in (2, 4)]
+    goes_on(runs / "mini" / "c", *rows)
+    with (runs / "mini" / "c" / LIVE_CURVE).open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert live.read_curve(runs / "mini" / "c") == rows
     assert live.run_states(runs)["mini/c"] == "going on"
     (runs / "mini" / "c" / "record.json").write_text("{}")
     assert live.run_states(runs)["mini/c"] == "done"
@@ -313,7 +311,7 @@ def test_a_run_that_goes_on_is_read_up_to_its_last_whole_checkpoint(runs):
 def test_looking_again_finds_new_rows_and_new_runs(runs):
     made = widgets.live_curves(runs)
     before = made.alt
-    state_of(runs / "mini" / "c", 5, [{"step": 5, "loss": 2.5, "learning_rate": 0.1}])
+    goes_on(runs / "mini" / "c", {"step": 5, "loss": 2.5, "learning_rate": 0.1})
     made.controls["refresh"].click()
     assert "mini/c: 2.500 at step 5" in made.alt and made.alt != before and "mini/c" in made.controls["runs"].value
 
@@ -322,7 +320,7 @@ def test_the_timer_looks_again_and_stops_when_it_is_switched_off(runs):
     async def scene():
         made = widgets.live_curves(runs, every_s=0.01)
         made.controls["timer"].value = True
-        state_of(runs / "mini" / "c", 5, [{"step": 5, "loss": 2.5, "learning_rate": 0.1}])
+        goes_on(runs / "mini" / "c", {"step": 5, "loss": 2.5, "learning_rate": 0.1})
         for _ in range(200):
             await asyncio.sleep(0.01)
             if "mini/c" in made.alt:

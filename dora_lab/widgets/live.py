@@ -1,6 +1,7 @@
 """Training curves of the runs in a folder, while they go on and afterwards."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import ipywidgets
 from matplotlib.figure import Figure
 
 from dora_lab.profiles import PROJECT
-from dora_lab.records import is_done, read_lines
+from dora_lab.records import LIVE_CURVE, is_done, read_lines
 from dora_lab.widgets.panel import LABEL_WIDTH, WIDE, Drawing, Panel, button, canvas, log_axis
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
@@ -18,32 +19,25 @@ SHOWN = len(COLOURS)
 
 
 def read_curve(folder: Path) -> list[dict]:
-    """Rows with step, loss and learning rate of one run; of a run that goes on, as far as its last checkpoint.
+    """Rows with step, loss and learning rate of one run; of a run that goes on, every row it has logged so far.
 
-    Empty before the first checkpoint. A file that is being written at this moment is left for the next look.
+    Empty before the first. A line that is being written at this moment is left for the next look.
     """
     if (folder / "curve.jsonl").is_file():
         return read_lines(folder / "curve.jsonl")
-    states = folder.glob("checkpoints/checkpoint-*/trainer_state.json")
-    for path in sorted(states, key=lambda path: -int(path.parent.name.rpartition("-")[2])):
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-        except (OSError, ValueError, KeyError):
-            continue
-        return [{key: row[key] for key in ("step", "loss", "learning_rate")} for row in rows if "loss" in row]
-    return []
+    rows = []
+    with contextlib.suppress(OSError, ValueError):  # not there yet, gone since, or half a line at its end
+        for line in (folder / LIVE_CURVE).read_text(encoding="utf-8").splitlines():
+            rows.append(json.loads(line))
+    return rows
 
 
 def run_states(runs_dir: Path) -> dict[str, str]:
     """{folder of a run, relative to `runs_dir`: "done" or "going on"} of all runs with a curve; the newest first."""
-    paths = [*runs_dir.glob("**/curve.jsonl"), *runs_dir.glob("**/checkpoints/checkpoint-*/trainer_state.json")]
     changed: dict[Path, float] = {}
-    for path in paths:
-        folder = path.parent if path.name == "curve.jsonl" else path.parents[2]
-        try:
-            changed[folder] = max(changed.get(folder, 0.0), path.stat().st_mtime)
-        except OSError:  # a checkpoint that has just been replaced
-            continue
+    for path in (*runs_dir.glob("**/curve.jsonl"), *runs_dir.glob(f"**/{LIVE_CURVE}")):
+        with contextlib.suppress(OSError):  # a curve whose run has just ended
+            changed[path.parent] = max(changed.get(path.parent, 0.0), path.stat().st_mtime)
     newest = sorted(changed, key=lambda folder: (-changed[folder], folder))
     return {str(folder.relative_to(runs_dir)): "done" if is_done(folder) else "going on" for folder in newest}
 
@@ -78,8 +72,8 @@ def curves_alt(curves: Mapping[str, Sequence[Mapping]]) -> str:
 def live_curves(runs_dir: str | Path = PROJECT / "runs", every_s: float = 2.0) -> Panel:
     """Panel: curves of the runs below `runs_dir`; a button looks again, a checkbox does so every `every_s` seconds.
 
-    A run shows its curve up to its last checkpoint while it goes on. The timer needs a running event loop, which a
-    kernel has; without one the checkbox stays off.
+    A run that goes on shows its curve as far as it has logged it. The timer needs a running event loop, which a kernel
+    has; without one the checkbox stays off.
     """
     runs_dir = Path(runs_dir)
     choice = ipywidgets.SelectMultiple(
