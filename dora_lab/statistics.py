@@ -74,6 +74,70 @@ def correct_by_id(predictions: Iterable[Mapping]) -> dict[str, bool]:
     return answers
 
 
+@dataclass(frozen=True)
+class PairedDraws:
+    """A bootstrap of one mean difference, over questions and seeds together, before a level has been chosen.
+
+    `over_items` (resamples,): the mean difference when questions are drawn. `over_seeds` (resamples,): what drawing
+    seeds adds to it. The second is spread by √(k / (k - 1)) · t(k - 1) / z at the level that is asked for.
+    """
+
+    estimate: float
+    over_items: np.ndarray
+    over_seeds: np.ndarray
+    seeds: int
+    items: int
+
+    def at(self, level: float) -> np.ndarray:
+        """The draws (resamples,) whose percentiles are the limits at `level`."""
+        k, upper = self.seeds, (1 + level) / 2
+        spread = math.sqrt(k / (k - 1)) * stats.t.ppf(upper, k - 1) / stats.norm.ppf(upper) if k > 1 else 0.0
+        return self.over_items + spread * self.over_seeds
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Percentiles of the draws around the estimate."""
+        _check_level(level)
+        upper = (1 + level) / 2
+        low, high = np.quantile(self.at(level), [1 - upper, upper])
+        return Interval(self.estimate, float(low), float(high), level, seeds=self.seeds, items=self.items)
+
+
+def paired_draws(
+    first: Mapping[int, Mapping[str, bool]],
+    second: Mapping[int, Mapping[str, bool]],
+    resamples: int = 4000,
+    bootstrap_seed: int = 0,
+) -> PairedDraws:
+    """The bootstrap behind `paired_difference`; same arguments, same errors."""
+    seeds = sorted(set(first) & set(second))
+    if not seeds:
+        raise ValueError(f"no common seed: one method has {sorted(first)}, the other {sorted(second)}")
+    items = sorted(first[seeds[0]])
+    for seed in seeds:
+        for answers in (first[seed], second[seed]):
+            if not items or set(answers) != set(items):
+                raise ValueError(
+                    f"the runs of seed {seed} did not answer the same questions as those of seed {seeds[0]}: "
+                    "compare runs of one task, split and data version"
+                )
+    difference = np.array([[float(first[s][i]) - float(second[s][i]) for i in items] for s in seeds])  # (seeds, items)
+    return draws_of(difference, resamples, bootstrap_seed)
+
+
+def draws_of(difference: np.ndarray, resamples: int = 4000, bootstrap_seed: int = 0) -> PairedDraws:
+    """Bootstrap of the mean of `difference` (seeds, items): seeds and items are drawn together, with replacement."""
+    k, n = difference.shape
+    generator = np.random.default_rng(bootstrap_seed)
+    over_items, over_seeds = [], []
+    for size in _chunks(resamples, max(1, 2_000_000 // n)):
+        of_items = generator.multinomial(n, np.full(n, 1 / n), size=size) / n  # (size, items)
+        of_seeds = generator.multinomial(k, np.full(k, 1 / k), size=size) / k  # (size, seeds)
+        means = of_items @ difference.T  # (size, seeds)
+        over_items.append(means.mean(axis=1))
+        over_seeds.append((means * (of_seeds - 1 / k)).sum(axis=1))  # (size,); the weights sum to 0
+    return PairedDraws(float(difference.mean()), np.concatenate(over_items), np.concatenate(over_seeds), k, n)
+
+
 def paired_difference(
     first: Mapping[int, Mapping[str, bool]],
     second: Mapping[int, Mapping[str, bool]],
@@ -92,30 +156,7 @@ def paired_difference(
     Raises ValueError if there is no common seed, or the two answered different questions.
     """
     _check_level(level)
-    seeds = sorted(set(first) & set(second))
-    if not seeds:
-        raise ValueError(f"no common seed: one method has {sorted(first)}, the other {sorted(second)}")
-    items = sorted(first[seeds[0]])
-    for seed in seeds:
-        for answers in (first[seed], second[seed]):
-            if not items or set(answers) != set(items):
-                raise ValueError(
-                    f"the runs of seed {seed} did not answer the same questions as those of seed {seeds[0]}: "
-                    "compare runs of one task, split and data version"
-                )
-    difference = np.array([[float(first[s][i]) - float(second[s][i]) for i in items] for s in seeds])  # (seeds, items)
-    k, n = difference.shape
-    upper = (1 + level) / 2
-    spread = math.sqrt(k / (k - 1)) * stats.t.ppf(upper, k - 1) / stats.norm.ppf(upper) if k > 1 else 0.0
-    generator = np.random.default_rng(bootstrap_seed)
-    draws = []
-    for size in _chunks(resamples, max(1, 2_000_000 // n)):
-        of_items = generator.multinomial(n, np.full(n, 1 / n), size=size) / n  # (size, items)
-        of_seeds = generator.multinomial(k, np.full(k, 1 / k), size=size) / k  # (size, seeds)
-        of_seeds = 1 / k + spread * (of_seeds - 1 / k)  # (size, seeds); still sums to 1
-        draws.append(((of_items @ difference.T) * of_seeds).sum(axis=1))  # (size,)
-    low, high = np.quantile(np.concatenate(draws), [1 - upper, upper])
-    return Interval(float(difference.mean()), float(low), float(high), level, seeds=k, items=n)
+    return paired_draws(first, second, resamples, bootstrap_seed).interval(level)
 
 
 def wording(difference: Interval) -> str:
