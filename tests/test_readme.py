@@ -1,0 +1,48 @@
+"""The README's numbers are those of the recorded figures."""
+
+import pandas as pd
+
+from dora_lab.bench import Setting
+from dora_lab.profiles import PROJECT
+
+README = (PROJECT / "README.md").read_text()
+
+
+def table_under(heading: str) -> list[list[str]]:
+    """Cells of the first table below a heading, header and rule left out."""
+    lines = README.split(heading, 1)[1].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_results_are_those_of_the_results_table():
+    recorded = (PROJECT / "figures" / "results.md").read_text()
+    own = [line for line in recorded.splitlines() if line.startswith("| this run")]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in own] == table_under("## What came out")
+    for line in recorded.splitlines():
+        if line.startswith("- DoRA minus LoRA"):
+            assert line in README
+
+
+def test_costs_are_those_of_the_recorded_benchmark():
+    table = pd.read_csv(PROJECT / "figures" / "costs.csv").set_index(["setting", "variant"])
+    plain, dropout = Setting(8, 128).name, Setting(8, 128, dropout=0.05).name
+    of = {
+        "DoRA": (plain, "dora"),
+        "DoRA, dropout 0.05": (dropout, "dora"),
+        "DoRA, four micro-batches a step": (Setting(8, 128, accumulation=4).name, "dora"),
+        "DoRA, PEFT": (plain, "dora-peft"),
+        "DoRA, PEFT, dropout 0.05": (dropout, "dora-peft"),
+        "DoRA, PEFT sped up by `dora_lab.speed_up`": (plain, "dora-peft-sped-up"),
+    }
+    rows = {name: numbers for name, *numbers in table_under("### What DoRA costs")}
+    assert set(rows) == set(of)
+    for name, numbers in rows.items():
+        expected = table.loc[of[name], ["step", "evaluation", "saved"]]
+        assert [float(n) for n in numbers] == [round(value, 2) for value in expected], name
+    assert f"{table.loc[(Setting(4, 64).name, 'dora'), 'step']:.2f} of LoRA's step" in README
