@@ -84,7 +84,7 @@ def length_curves(lengths: Mapping[str, Sequence[int]], cutoff: int) -> Figure:
         axes.axvline(cutoff, color="black", ls="--", lw=1)
         axes.text(cutoff, 101, f" cut-off {cutoff}", va="bottom", fontsize=8)
         axes.set(xlabel="tokens of prompt and answer", ylabel="longer than this (%)", ylim=(0, 112), xlim=(0, None))
-        axes.legend(frameon=False, loc="center left")
+        axes.legend(frameon=False, loc="center right")
     return figure
 
 

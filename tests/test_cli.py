@@ -70,7 +70,13 @@ def two_runs(tiny_profile, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_grid_goes_on_and_keeps_what_was_finished(two_runs, tmp_path, stop):
     call = ["reproduce", "--profile", str(two_runs), "--jobs", "1", "--runs-dir", str(tmp_path)]
-    process = subprocess.Popen([COMMAND, *call], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [COMMAND, *call],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in a shell's background ignores it
+    )
     started = time.monotonic()
     while not list(tmp_path.glob("two/*/record.json")):
         assert process.poll() is None and time.monotonic() - started < 120
