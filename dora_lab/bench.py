@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from dora_lab.adapters import LLAMA_TARGETS, AdapterConfig, attach, merge
 from dora_lab.kernels import adapted_norm, norm_kind, squared_norm
+from dora_lab.models import checkpoint_layers
+from dora_lab.quantised import quantise
 from dora_lab.records import environment, write_text
 
 VARIANTS = ("base", "lora", "lora-peft", "dora", "dora-reference", "dora-peft", "dora-peft-sped-up")
@@ -82,7 +84,6 @@ def build(variant: str, setting: Setting, device: str = "cpu") -> nn.Module:
 
     Raises ValueError for an unknown variant or precision.
     """
-    from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dora_lab.speedup import speed_up
@@ -104,20 +105,13 @@ def build(variant: str, setting: Setting, device: str = "cpu") -> nn.Module:
     with torch.device(device):
         model = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
     if setting.precision == "nf4":
-        _quantise(model, device)
+        quantise(model, "nf4", dtype, device)
     rank, method = setting.rank, variant.split("-")[0]
     if variant in ("lora", "dora", "dora-reference", "dora-merged"):
         kernel = "reference" if variant.endswith("reference") else "fast"
         attach(model, AdapterConfig(method, rank, 2 * rank, setting.dropout, kernel=kernel))
     elif variant != "base":
-        theirs = LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            lora_dropout=setting.dropout,
-            use_dora=method == "dora",
-            target_modules=list(LLAMA_TARGETS),
-        )
-        model = get_peft_model(model, theirs)
+        model = peft_adapted(model, method, rank, setting.dropout)
         if variant.endswith("sped-up"):
             speed_up(model)
     for name, parameter in model.named_parameters():  # away from B = 0, where a half of the work is multiplying zeros
@@ -127,22 +121,22 @@ def build(variant: str, setting: Setting, device: str = "cpu") -> nn.Module:
         merge(model)
     model.enable_input_require_grads()  # the frozen base has a backward too
     if setting.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model.get_base_model() if hasattr(model, "get_base_model") else model)
     return model.train()
 
 
-def _quantise(model: nn.Module, device: str) -> None:
-    """Put the linear layers of the decoder into NF4, in place."""
-    import bitsandbytes as bnb
+def peft_adapted(model: nn.Module, method: str, rank: int, dropout: float) -> nn.Module:
+    """PEFT's LoRA or DoRA on the layers that the paper adapts, with alpha twice the rank."""
+    from peft import LoraConfig, get_peft_model
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
-            layer = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, False, torch.bfloat16, quant_type="nf4", device="meta"
-            )
-            layer.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
-            model.set_submodule(name, layer.to(device))
-    model.is_loaded_in_4bit = True  # what PEFT looks at
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=dropout,
+        use_dora=method == "dora",
+        target_modules=list(LLAMA_TARGETS),
+    )
+    return get_peft_model(model, config)
 
 
 def make_step(model: nn.Module, setting: Setting) -> Callable[[], None]:

@@ -55,7 +55,8 @@ def run_chapters(profile: str, folder: Path, report: Callable[[str], None] = pri
             try:
                 run_chapter(source.stem, target, **chapter_parameters(source.stem, profile, folder))
             except RuntimeError:
-                target.rename(target.with_suffix(".failed.ipynb")) if target.exists() else None
+                if target.exists():  # what papermill got to, for the reader of the error; not a finished chapter
+                    target.rename(target.with_suffix(".failed.ipynb"))
                 raise
         done.append(target)
     return done

@@ -246,7 +246,8 @@ def measure_7b(
     steps: Annotated[int, typer.Option(min=1, help="Measured steps of every variant.")] = 10,
 ) -> None:
     """Measure memory and speed of training LLaMA-7B's shape, random weights, beside the plan, and write them to OUT."""
-    from dora_lab.measure import Workload, measure, write
+    from dora_lab.bench import write
+    from dora_lab.measure import Workload, measure
 
     work = Workload(model, rank, batch, length, logit_columns=logit_columns, cap_gb=cap_gb)
     try:

@@ -5,22 +5,20 @@ values. Under a cap of so many GB a variant that does not fit is recorded as suc
 """
 
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dora_lab.adapters import LLAMA_TARGETS, AdapterConfig, attach
-from dora_lab.bench import peak_bytes
+from dora_lab.adapters import AdapterConfig, attach
+from dora_lab.bench import peak_bytes, peft_adapted
 from dora_lab.memory import PARTS, plan
-from dora_lab.models import answer_logits, load_model
-from dora_lab.records import environment, write_text
+from dora_lab.models import answer_logits, checkpoint_layers, load_model
+from dora_lab.records import environment
 from dora_lab.shapes import find_shape
 
 VARIANTS = {"lora": ("lora", None), "dora": ("dora", None), "qdora": ("dora", "nf4"), "dora-peft": ("dora-peft", None)}
@@ -47,7 +45,7 @@ class Workload:
 def measure(
     workload: Workload, variants: tuple[str, ...] | None = None, steps: int = 10, report: Callable[[str], None] = print
 ) -> dict:
-    """What `write` writes: the environment, the workload, and a row a variant.
+    """What `bench.write` writes: the environment, the workload, and a row a variant.
 
     Peak bytes are those that PyTorch has allocated, weights included. Raises ValueError for an unknown variant or
     model, or a cap that the GPU does not have.
@@ -72,12 +70,6 @@ def measure(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return {"environment": environment(torch.get_num_threads()), "workload": asdict(workload), "rows": rows}
-
-
-def write(found: dict, path: Path) -> None:
-    """Write what `measure` returned as JSON, by rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def _measure_one(name: str, workload: Workload, steps: int) -> dict:
@@ -132,21 +124,11 @@ def build(name: str, workload: Workload, device: str) -> nn.Module:
     model = load_model(f"random:{workload.model}", workload.dtype, device, quantisation=quantisation or "none")
     model.requires_grad_(False)
     if method == "dora-peft":
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(
-            r=workload.rank,
-            lora_alpha=2 * workload.rank,
-            lora_dropout=workload.dropout,
-            use_dora=True,
-            target_modules=list(LLAMA_TARGETS),
-        )
-        model = get_peft_model(model, config)
+        model = peft_adapted(model, "dora", workload.rank, workload.dropout)
     else:
         attach(model, AdapterConfig(method, workload.rank, 2 * workload.rank, workload.dropout))
     if workload.checkpointing:
-        inner = model.get_base_model() if method == "dora-peft" else model
-        getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)({"use_reentrant": False})
+        checkpoint_layers(model.get_base_model() if method == "dora-peft" else model)
     return model.train()
 
 

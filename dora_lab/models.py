@@ -63,7 +63,7 @@ def load_config(base_model: str, revision: str | None = None) -> PretrainedConfi
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     if is_random(base_model):
-        return _llama_config(find_shape(base_model))
+        return llama_config(find_shape(base_model))
     name, options = _place(base_model, revision)
     try:
         config = AutoConfig.from_pretrained(name, **options)
@@ -198,7 +198,8 @@ def _tokenizer_place(tokenizer: str) -> tuple[str, dict]:
     return str(Path(tokenizer).expanduser()), {"trust_remote_code": False, "local_files_only": True}
 
 
-def _llama_config(shape: Shape) -> PretrainedConfig:
+def llama_config(shape: Shape) -> PretrainedConfig:
+    """The configuration of a Llama of that shape."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -211,6 +212,12 @@ def _llama_config(shape: Shape) -> PretrainedConfig:
         head_dim=shape.head_dim,
         tie_word_embeddings=shape.tied,
     )
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Let every decoder layer keep its input alone and compute the rest again in the backward."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # older
+    enable({"use_reentrant": False})
 
 
 def answer_logits(

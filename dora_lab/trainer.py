@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from dora_lab import processes
 from dora_lab.data import IGNORED
 from dora_lab.guards import AtCheckpoints, base_weights, check_parameters, geometry
-from dora_lab.models import answer_logits
+from dora_lab.models import answer_logits, checkpoint_layers
 from dora_lab.records import RunSpec, write_text
 from dora_lab.sealed import checkpoints, seal, writing
 
@@ -109,8 +109,7 @@ class RunTrainer(Trainer):
         arguments.per_device_train_batch_size = micro // arguments.world_size
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are used by several processes, or not at all
         if spec.gradient_checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})  # the second name is the older one
+            checkpoint_layers(model)
         set_seed(spec.seed)
         callbacks = [AtCheckpoints(self, spec, folder, model.get_input_embeddings().num_embeddings, progress)]
         with _accepted(model):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dora_lab.adapters import AdapterConfig, adapted_modules, attach
+from dora_lab.models import checkpoint_layers
 
 STEPS = 3
 
@@ -106,7 +107,7 @@ def sharded(rank: int, folder: str, method: str, dtype: torch.dtype, checkpointi
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = make_llama(method, dtype)
     if checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+        checkpoint_layers(model)
     mesh = dist.init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)

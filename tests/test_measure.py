@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_lab import measure
+from dora_lab import bench, measure
 from dora_lab.measure import VARIANTS, Workload
 
 SMALL = Workload("mini-world", rank=4, batch=4, length=128, dtype="float32")
@@ -25,7 +25,7 @@ def test_every_variant_has_a_peak_a_plan_and_a_speed(tmp_path):
     for name in ("lora", "dora"):
         assert 0.9 < rows[name]["planned_to_measured"] < 1.1
     assert rows["dora"]["peak_bytes"] < rows["dora-peft"]["peak_bytes"]
-    measure.write(found, tmp_path / "gpu" / "found.json")
+    bench.write(found, tmp_path / "gpu" / "found.json")
     assert json.loads((tmp_path / "gpu" / "found.json").read_text())["workload"]["model"] == "mini-world"
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from dora_lab import bench
@@ -25,7 +25,8 @@ from dora_lab.memory import (
     plan_job,
     weight_bytes,
 )
-from dora_lab.models import MINI_WORLD
+from dora_lab.models import MINI_WORLD, checkpoint_layers, llama_config
+from dora_lab.quantised import random_llama
 from dora_lab.shapes import SHAPES, Shape, find_shape
 
 LLAMA_7B = SHAPES["llama-7b"]
@@ -37,31 +38,15 @@ OUT_OF_TEN = 0.1  # what the plan may be off by
 def build(job, device="cpu"):
     """A random Llama of the job's shape, adapted as the job says, in training."""
     shape = job.shape
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-        use_cache=False,
-    )
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32 if job.base_precision == "float32" else torch.bfloat16)
-    try:
-        with torch.device(device):  # in its precision from the start: float32 first would need twice the memory
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(usual)
-    if job.base_precision == "nf4":
-        bench._quantise(model, device)
+    quantisation = "nf4" if job.base_precision == "nf4" else "none"
+    dtype = torch.float32 if job.base_precision == "float32" else torch.bfloat16
+    model = random_llama(llama_config(shape), dtype, device, quantisation)
+    model.config.use_cache = False
     low_rank = {} if job.method == "full" else {"rank": job.rank, "alpha": 2 * job.rank, "dropout": job.dropout}
     attach(model, AdapterConfig(job.method, target_modules=job.target_modules, **low_rank))
     model.enable_input_require_grads()
     if job.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model)
     return model.train()
 
 
