@@ -31,6 +31,7 @@ def reproduce(
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds: 0, 1, …")] = None,
     method: Annotated[list[str] | None, typer.Option(help="These methods; the profile's if left out.")] = None,
     rank: Annotated[list[int] | None, typer.Option(min=1, help="These ranks; the profile's if left out.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="These variants alone; all, and the plain runs.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
     runs_dir: RunsOption = Path("runs"),
 ) -> None:
@@ -40,7 +41,7 @@ def reproduce(
 
     try:
         loaded = load_profile(profile)
-        specs = pipeline.grid(loaded, None if seeds is None else list(range(seeds)), method, rank)
+        specs = pipeline.grid(loaded, None if seeds is None else list(range(seeds)), method, rank, variant)
         pipeline.preflight(runs_dir, specs)
         summary = pipeline.run_grid(profile, specs, runs_dir.resolve(), jobs, typer.echo)
         figures = runs_dir.resolve() / loaded.name / "figures"

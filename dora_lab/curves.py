@@ -59,7 +59,7 @@ def skill_curves_alt(pretraining: Mapping) -> str:
 
 
 def accuracy_by_rank(records: Sequence) -> Figure:
-    """Test accuracy against rank, a panel for each task; dashed full fine-tuning, dotted chance; 95 % over seeds."""
+    """Test accuracy of the plain runs against rank, a panel a task; dashed full fine-tuning, dotted chance; 95 %."""
     cells = cells_of(records, ())
     tasks = tasks_of(cells)
     with matplotlib.rc_context(STYLE):
@@ -72,14 +72,14 @@ def accuracy_by_rank(records: Sequence) -> Figure:
                 means = [interval.estimate for interval in found]
                 look = {"color": METHOD_COLOURS[method], "marker": marker, "label": METHOD_NAMES[method]}
                 axes.errorbar(ranks, means, drawn_limits(found), capsize=3, ms=5, lw=1.2, **look)
-            full = cells.get((task, "full", None))
+            full = cells.get((task, "full", None, None))
             if full:
                 level = percent_interval(full).estimate
                 axes.axhline(level, color=METHOD_COLOURS["full"], ls="--", lw=1, label=METHOD_NAMES["full"])
-            chance = next(cell["chance"] for (t, _, _), cell in cells.items() if t == task)
+            chance = next(cell["chance"] for key, cell in cells.items() if key[0] == task)
             axes.axhline(100 * chance, color="black", ls=":", lw=1, label="chance")
             axes.set_xscale("log", base=2)
-            shown = sorted({rank for t, _, rank in cells if t == task and rank})
+            shown = sorted({key[2] for key in cells if key[0] == task and key[2]})
             axes.set_xticks(shown, [str(rank) for rank in shown])
             axes.set(title=TASK_NAMES[task], xlabel="rank", ylim=(0, 103))
         panels[0].set_ylabel("accuracy (%)")
@@ -102,5 +102,5 @@ def accuracy_by_rank_alt(records: Sequence) -> str:
 
 
 def _by_rank(cells: Mapping, task: str, method: str) -> tuple[list[int], list]:
-    ranks = sorted(rank for t, m, rank in cells if (t, m) == (task, method))
-    return ranks, [percent_interval(cells[task, method, rank]) for rank in ranks]
+    ranks = sorted(rank for t, m, rank, variant in cells if (t, m, variant) == (task, method, None))
+    return ranks, [percent_interval(cells[task, method, rank, None]) for rank in ranks]

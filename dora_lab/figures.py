@@ -26,6 +26,8 @@ from dora_lab.tables import (
     PUBLISHED_MODEL,
     TASK_NAMES,
     cells_of,
+    kind_name,
+    kinds_of,
     model_of,
     percent_interval,
     quoted_rows,
@@ -69,8 +71,8 @@ def results_bars(records: Sequence, published: Mapping, failures: Sequence[Mappi
     """
     cells = cells_of(records, failures)
     tasks = tasks_of(cells)
-    series = sorted({key[1:] for key in cells}, key=lambda key: (list(METHOD_NAMES).index(key[0]), key[1] or 0))
-    quoted, ranks = [], {}
+    series = kinds_of(cells)
+    quoted, hatches = [], {}
     for row in quoted_rows(published):
         extra = "" if row["row"].startswith("paper") else "///"
         quoted.append((_look(row["method"], extra, row["row"]), row["accuracy"]))
@@ -84,13 +86,13 @@ def results_bars(records: Sequence, published: Mapping, failures: Sequence[Mappi
                 if task in accuracy:
                     _bar(left, x, width, look, Interval(accuracy[task], math.nan, math.nan))
         looks = []
-        for index, (method, rank) in enumerate(series):
-            ranks[method] = ranks.get(method, -1) + 1  # a method's further ranks get denser crosses
-            label = METHOD_NAMES[method] + ("" if rank is None else f", rank {rank}")
-            looks.append(_look(method, "x" * ranks[method], label))
+        for index, kind in enumerate(series):
+            method = kind[0]
+            hatches[method] = hatches.get(method, -1) + 1  # a method's further ranks and variants get denser crosses
+            looks.append(_look(method, "x" * hatches[method], kind_name(*kind)))
             for place, task in enumerate(tasks):
                 x, width = _place(place, index, len(series))
-                cell = cells.get((task, method, rank))
+                cell = cells.get((task, *kind))
                 if cell is None or not cell["accuracy"]:
                     text = "not run" if cell is None else "failed"
                     right.text(x, 2, text, rotation=90, ha="center", va="bottom", color="#D55E00")

@@ -54,30 +54,36 @@ def grid(
     seeds: list[int] | None = None,
     methods: list[str] | None = None,
     ranks: list[int] | None = None,
+    variants: list[str] | None = None,
 ) -> list[RunSpec]:
     """Every task x method x seed of the profile, or of the seeds and methods given; seeds vary slowest.
 
-    `ranks`: LoRA and DoRA at each of these ranks instead of at the profile's.
+    `ranks`: LoRA and DoRA at each of these ranks instead of at the profile's. `variants`: these alone, instead of the
+    plain runs and all variants of the profile.
     """
     return [
-        RunSpec.from_profile(profile, task, method, rank, seed)
+        RunSpec.from_profile(profile, task, method, rank, seed, variant=variant)
         for seed in (seeds or profile.seeds)
         for task in profile.tasks
         for method in (methods or profile.methods)
         for rank in ((ranks or [None]) if method in LOW_RANK else [None])
+        for variant in (variants or [None, *profile.variants])
     ]
 
 
 def of_profile(profile: Profile, records: Iterable[RunRecord]) -> list[RunRecord]:
-    """The records that `profile` would give now: its rates, steps, data and base; any method, rank and seed.
+    """The records that `profile` would give now: its rates, steps, data and base; any method, rank, seed and variant.
 
     Others in the same folder (another learning rate, an older base, a validation score) are other experiments.
     """
     kept = []
     for record in records:
         spec = record.spec
+        if spec.variant is not None and spec.variant not in profile.variants:
+            continue
         if spec.task in profile.tasks and spec.task in profile.learning_rate.get(spec.method, {}):
-            if spec.run_id == RunSpec.from_profile(profile, spec.task, spec.method, spec.rank, spec.seed).run_id:
+            again = RunSpec.from_profile(profile, spec.task, spec.method, spec.rank, spec.seed, variant=spec.variant)
+            if spec.run_id == again.run_id:
                 kept.append(record)
     return kept
 
@@ -228,6 +234,8 @@ def _start(profile_name: str, spec: RunSpec, runs_dir: Path) -> subprocess.Popen
     prepare_folder(folder)
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(WORKER), str(folder / "notebook.ipynb")]
     values = {"profile": profile_name, "task": spec.task, "method": spec.method, "runs_dir": runs_dir.resolve()}
+    if spec.variant is not None:
+        values["variant"] = spec.variant
     for name, value in values.items():
         command += ["-r", name, str(value)]
     numbers = {"seed": spec.seed, "rank": spec.rank, "learning_rate": spec.learning_rate, "steps": spec.steps}

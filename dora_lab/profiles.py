@@ -3,9 +3,10 @@
 The files are `data/profiles/<name>.yaml`; a path to another YAML file works as well.
 """
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -16,6 +17,11 @@ from dora_lab import tasks as known_tasks
 PROJECT = Path(__file__).resolve().parents[1]
 FOLDER = PROJECT / "data" / "profiles"
 NAMED_DATA = ("mini-world", "llm-adapters")  # what `data` may be besides a folder
+
+VARIANT_NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
+# What the runs of a grid share, so that no variant changes it.
+OF_THE_GRID = frozenset({"name", "summary", "tasks", "methods", "seeds", "sweep_seeds", "learning_rate_grid"})
+OF_THE_GRID |= {"jobs", "variants"}
 
 Method = Literal["full", "lora", "dora", "dora-magnitude"]
 Quantisation = Literal["none", "int8", "nf4", "nf4-double"]  # of the frozen base's linear layers
@@ -39,6 +45,9 @@ class Profile:
     folder. revision: commit of a hub id. A step reads `batch_size * gradient_accumulation` examples, `micro_batch_size`
     of them at a time where it is given. cutoff_tokens "auto": the longest prompt with its answer; cut: what one that is
     longer loses, the beginning of its "prompt" or its "end", answer included. jobs: runs at a time, for the grid.
+
+    variants: name -> values that differ from the profile's own (`variant`). The grid is the plain runs and those of
+    every variant.
     """
 
     name: str
@@ -83,6 +92,7 @@ class Profile:
     train_on_prompt: bool = False
     cut: Literal["prompt", "end"] = "prompt"
     jobs: Positive | None = None
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _tasks_are_known(self):
@@ -94,7 +104,31 @@ class Profile:
         check_micro_batch(self.batch_size * self.gradient_accumulation, self.micro_batch_size)
         if self.cut == "end" and not self.train_on_prompt:
             raise ValueError("cut 'end' can leave an example without its answer: it needs train_on_prompt true")
+        for name in self.variants:
+            if not VARIANT_NAME.fullmatch(name):
+                raise ValueError(f"variant {name!r}: a name is made of small letters, digits and single hyphens")
+            self.variant(name)
         return self
+
+    def variant(self, name: str | None) -> "Profile":
+        """The profile with one variant's values in place of its own; itself for None.
+
+        Raises ValueError for an unknown variant, or one that sets what is not a run's or has a wrong value.
+        """
+        if name is None:
+            return self
+        if name not in self.variants:
+            known = ", ".join(self.variants) or "none"
+            raise ValueError(f"profile {self.name!r} has no variant {name!r}: its variants are {known}")
+        values = self.variants[name]
+        kept = sorted(OF_THE_GRID & set(values))
+        if kept:
+            raise ValueError(f"variant {name!r} cannot change {', '.join(kept)}, which belong to the whole grid")
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        try:
+            return TypeAdapter(Profile).validate_python(_over(own, values) | {"variants": {}})
+        except ValidationError as error:
+            raise ValueError(f"variant {name!r}: {explain(error)}") from error
 
 
 def check_micro_batch(effective: int, micro: int | None) -> None:
@@ -124,6 +158,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}; correct the file") from error
     try:
+        values = _extended(path, values)
         profile = TypeAdapter(Profile).validate_python(values)
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error)}; correct the file") from error
@@ -135,6 +170,26 @@ def load_profile(name_or_path: str | Path) -> Profile:
     return replace(profile, base_model=base, tokenizer=tokenizer, data=data)
 
 
+def _extended(path: Path, values: Any) -> Any:
+    """A profile's values over those of the profile that its key `extends` names, by name or by a path beside it."""
+    if not isinstance(values, dict) or "extends" not in values:
+        return values
+    base = values.pop("extends")
+    base = _beside(path, base) if str(base).endswith((".yaml", ".yml")) else base
+    under = load_profile(base)
+    return _over({field.name: getattr(under, field.name) for field in fields(under)} | {"variants": {}}, values)
+
+
+def _over(values: dict, own: dict) -> dict:
+    """`own` in place of `values`; a mapping in both adds to the one that is there."""
+    both = {key: _over(values[key], new) for key, new in own.items() if _are_mappings(values.get(key), new)}
+    return values | own | both
+
+
+def _are_mappings(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
 def _beside(profile_path: Path, folder: str) -> str:
     """A folder as a profile names it, relative to the profile's own file."""
     return str((profile_path.resolve().parent / Path(folder).expanduser()).resolve())
@@ -144,7 +199,8 @@ def explain(error: ValidationError) -> str:
     """What pydantic found wrong, in one line: key, what is wrong, the value that was given."""
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "the whole"
-        given = "" if item["type"] in ("missing", "unexpected_keyword_argument") else f", got {item['input']!r:.80}"
-        lines.append(f"{key}: {item['msg']}{given}")
+        key = "".join(f"{part}: " for part in [".".join(map(str, item["loc"]))] if part)
+        whole = not key or item["type"] in ("missing", "unexpected_keyword_argument")
+        given = "" if whole else f", got {item['input']!r:.80}"
+        lines.append(key + item["msg"].removeprefix("Value error, ") + given)
     return "; ".join(lines)

@@ -52,12 +52,13 @@ PARAMETERS = {
     "steps": int,
     "split": str,
     "runs_dir": str,
+    "variant": str,
 }
 
 
 @dataclass(frozen=True, config=_CONFIG)
 class RunSpec:
-    """All that could change a run's result. `run_id` is a hash of it (the profile's name aside).
+    """All that could change a run's result. `run_id` is a hash of it (the names of profile and variant aside).
 
     A field with a default came later than the first records: at its default it is left out of the hash, so that their
     identities stay.
@@ -105,6 +106,12 @@ class RunSpec:
     length_grouped: bool = False
     train_on_prompt: bool = False
     cut: Literal["prompt", "end"] = "prompt"
+    variant: str | None = None
+
+    @property
+    def kind(self) -> tuple[str, int | None, str | None]:
+        """(method, rank, variant): what the runs of one row of a table have in common."""
+        return self.method, self.rank, self.variant
 
     @property
     def examples_per_step(self) -> int:
@@ -121,13 +128,15 @@ class RunSpec:
         learning_rate: float | None = None,
         steps: int | None = None,
         split: str = "test",
+        variant: str | None = None,
     ) -> "RunSpec":
-        """The run of `profile` for one task, method, rank and seed; None takes the profile's value.
+        """The run of `profile` for one task, method, rank and seed; None takes the profile's, or the variant's, value.
 
-        Raises ValueError for an unknown task, method or split, or a value that is wrong or that the profile lacks;
-        FileNotFoundError if the base model or the data is not there.
+        Raises ValueError for an unknown task, method, split or variant, or a value that is wrong or that the profile
+        lacks; FileNotFoundError if the base model or the data is not there.
         """
         tasks.task(task)
+        profile = profile.variant(variant)
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
         if rank is not None and method not in LOW_RANK:
@@ -158,6 +167,7 @@ class RunSpec:
             "learning_rate": profile.learning_rate[method][task] if learning_rate is None else learning_rate,
             "steps": profile.steps[task] if steps is None else steps,
             "split": split,
+            "variant": variant,
             "base_sha256": base_sha256(profile.base_model, profile.revision, profile.tokenizer),
             "data_sha256": data_sha256(profile.data, task),
         }
@@ -168,8 +178,8 @@ class RunSpec:
 
     @property
     def run_id(self) -> str:
-        """`<task>-<method>[-r<rank>]-s<seed>-<ten hex digits>`."""
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k != "profile"}
+        """`<task>-<method>[-<variant>][-r<rank>]-s<seed>-<ten hex digits>`."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("profile", "variant")}
         for local in ("base_model", "data", "tokenizer"):  # their hashes say what they are; a path says only where
             del values[local]
         for field in dataclasses.fields(self):
@@ -177,7 +187,8 @@ class RunSpec:
                 values.pop(field.name, None)
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         rank = "" if self.rank is None else f"-r{self.rank}"
-        return f"{self.task}-{self.method}{rank}-s{self.seed}-{digest}"
+        variant = "" if self.variant is None else f"-{self.variant}"
+        return f"{self.task}-{self.method}{variant}{rank}-s{self.seed}-{digest}"
 
 
 def spec_from_notebook(namespace: dict[str, Any]) -> tuple[RunSpec, Path]:
@@ -332,25 +343,34 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def read_records(profile_folder: Path) -> tuple[list[RunRecord], list[str]]:
-    """(records sorted by task, method, rank and seed; one message for every damaged record)."""
+    """(records sorted by task, method, variant, rank and seed; one message for every damaged record)."""
     records, damaged = [], []
     for path in sorted(Path(profile_folder).glob("*/record.json")):
         try:
             records.append(read_record(path.parent))
         except ValueError as error:
             damaged.append(str(error))
-    records.sort(key=lambda r: (r.spec.task, r.spec.method, r.spec.rank or 0, r.spec.seed, r.spec.learning_rate))
+    records.sort(
+        key=lambda r: (
+            r.spec.task,
+            r.spec.method,
+            r.spec.variant or "",
+            r.spec.rank or 0,
+            r.spec.seed,
+            r.spec.learning_rate,
+        )
+    )
     return records, damaged
 
 
 def write_failure(folder: Path, spec: RunSpec, error: str) -> None:
     """Note why a run failed, for the tables; removed when the run succeeds."""
-    failure = {"task": spec.task, "method": spec.method, "rank": spec.rank, "seed": spec.seed, "error": error}
+    failure = {name: getattr(spec, name) for name in ("task", "method", "rank", "variant", "seed")} | {"error": error}
     write_text(folder / "failure.json", json.dumps(failure, indent=1) + "\n")
 
 
 def read_failures(profile_folder: Path) -> list[dict]:
-    """Failed and not since finished runs: task, method, rank, seed, error, folder."""
+    """Failed and not since finished runs: task, method, rank, variant, seed, error, folder."""
     paths = sorted(Path(profile_folder).glob("*/failure.json"))
     return [json.loads(path.read_text()) | {"folder": str(path.parent)} for path in paths if not is_done(path.parent)]
 

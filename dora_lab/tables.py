@@ -76,7 +76,8 @@ def results_table(
     `<task>_unparsed_pct`, `<task>_chance_pct`, `<task>_failed` (seeds that failed). What was not run or not published
     stays empty. Only runs scored on the test split count.
 
-    Raises ValueError if two records have the same task, method, rank and seed: they are different experiments.
+    A variant of the profile has a row of its own, named in `row`.
+    Raises ValueError if two records have the same task, method, rank, variant and seed: they are different experiments.
     """
     cells = cells_of(records, failures)
     tasks = tasks_of(cells)
@@ -89,11 +90,12 @@ def results_table(
                 rows.append(
                     quoted | {"model": PUBLISHED_MODEL, "rank": PUBLISHED_RANK} | {t: accuracy.get(t) for t in tasks}
                 )
-        for rank in sorted({rank for _, m, rank in cells if m == method}, key=lambda rank: rank or 0):
-            row = {"row": f"this run {METHOD_NAMES[method]}", "source": f"profile {profile_name}", "model": model}
-            row |= {"method": method, "rank": rank}
+        for kind in kinds_of(cells, method):
+            name = "this run " + METHOD_NAMES[method] + ("" if kind[2] is None else f", {kind[2]}")
+            row = {"row": name, "source": f"profile {profile_name}", "model": model}
+            row |= {"method": method, "rank": kind[1]}
             for task in tasks:
-                cell = cells.get((task, method, rank))
+                cell = cells.get((task, *kind))
                 row |= {} if cell is None else {f"{task}{key}": value for key, value in _summary(cell).items()}
             rows.append(row)
     kinds = ("", "_half_width_pp", "_seeds", "_n", "_unparsed_pct", "_chance_pct", "_failed")
@@ -177,7 +179,7 @@ def difference_notes(answers: Mapping[tuple[str, str], Mapping[int, Mapping[str,
 
 
 def compared_with_recorded(live: Sequence, recorded: Sequence) -> list[str]:
-    """How live runs stand to recorded ones of the same settings: a line for each task, method and rank that both have.
+    """How live runs stand to recorded ones of the same settings: a line for each task and kind of run that both have.
 
     Runs of the same seed repeat to the last answer on the same machine with the same versions; elsewhere rounding
     differs, and only the spread over seeds says whether the two agree.
@@ -185,7 +187,7 @@ def compared_with_recorded(live: Sequence, recorded: Sequence) -> list[str]:
     ours, theirs = cells_of(live, ()), cells_of(recorded, ())
     lines = []
     for key in sorted(set(ours) & set(theirs), key=str):
-        task, method, rank = key
+        task, *kind = key
         now, then = ours[key]["accuracy"], theirs[key]["accuracy"]
         low, high = 100 * min(then.values()), 100 * max(then.values())
         mean, recorded_mean = (100 * sum(accuracy.values()) / len(accuracy) for accuracy in (now, then))
@@ -193,7 +195,7 @@ def compared_with_recorded(live: Sequence, recorded: Sequence) -> list[str]:
         equal = sum(now[seed] == then[seed] for seed in common)
         where = "inside" if low <= mean <= high else "outside"
         lines.append(
-            f"{METHOD_NAMES[method]}{'' if rank is None else f' r={rank}'} on {TASK_NAMES[task]}: live {mean:.1f} "
+            f"{kind_name(*kind)} on {TASK_NAMES[task]}: live {mean:.1f} "
             f"({len(now)} seeds), recorded {recorded_mean:.1f} ({len(then)} seeds from {low:.1f} to "
             f"{high:.1f}): {where} the recorded range; {equal} of {len(common)} common seeds equal"
         )
@@ -220,31 +222,44 @@ def write_results(
 
 
 def cells_of(records: Sequence, failures: Sequence[Mapping]) -> dict[tuple, dict]:
-    """{(task, method, rank): accuracy by seed, and the rest that a cell shows}, of test-split records and failures."""
+    """{(task, method, rank, variant): accuracy by seed, and what else a cell shows}, of test runs and failures."""
     cells, seen = {}, {}
 
-    def cell(task, method, rank):
+    def cell(*key):
         empty = {"accuracy": {}, "n": {}, "unparsed": {}, "chance": math.nan, "failed": {}}
-        return cells.setdefault((task, method, rank), empty)
+        return cells.setdefault(key, empty)
 
     for record in sorted(records, key=lambda record: (record.spec.seed, record.spec.run_id)):
         spec, result = record.spec, record.result
         if getattr(spec, "split", "test") != "test":
             continue
-        key = (spec.task, spec.method, spec.rank, spec.seed)
+        variant = getattr(spec, "variant", None)
+        key = (spec.task, spec.method, spec.rank, variant, spec.seed)
         if key in seen:
             raise ValueError(
-                f"two records of {spec.method} on {spec.task}, rank {spec.rank}, seed {spec.seed}: {seen[key]} and "
+                f"two records of {kind_name(*key[1:4])} on {spec.task}, seed {spec.seed}: {seen[key]} and "
                 f"{spec.run_id}. They differ in another parameter: give the records of one experiment, or move one away"
             )
-        seen[key], own = spec.run_id, cell(*key[:3])
+        seen[key], own = spec.run_id, cell(*key[:4])
         own["accuracy"][spec.seed], own["n"][spec.seed] = result.accuracy, result.n
         own["unparsed"][spec.seed], own["chance"] = result.unparsed_rate, result.chance
     for failure in failures:
-        own = cell(failure["task"], failure["method"], failure["rank"])
+        own = cell(failure["task"], failure["method"], failure["rank"], failure.get("variant"))
         if failure["seed"] not in own["accuracy"]:
             own["failed"][failure["seed"]] = failure.get("error", "")
     return cells
+
+
+def kinds_of(cells: Iterable[tuple], method: str | None = None) -> list[tuple]:
+    """The kinds among keys (task, method, rank, variant), of one method or of all; plain runs before variants."""
+    kinds = {key[1:] for key in cells if method in (None, key[1])}
+    return sorted(kinds, key=lambda kind: (list(METHOD_NAMES).index(kind[0]), kind[2] or "", kind[1] or 0))
+
+
+def kind_name(method: str, rank: int | None = None, variant: str | None = None) -> str:
+    """How a kind of run is called in figures, for instance `DoRA, rank 2, truncated`."""
+    parts = [METHOD_NAMES[method]] + ([] if rank is None else [f"rank {rank}"]) + ([] if variant is None else [variant])
+    return ", ".join(parts)
 
 
 def _summary(cell: Mapping) -> dict[str, float | int | str | None]:
@@ -278,7 +293,7 @@ def _cell_text(row: pd.Series, task: str, brief: bool) -> str:
 
 
 def tasks_of(cells: Mapping[tuple, dict]) -> list[str]:
-    found = {task for task, _, _ in cells} or set(REPORT_TASKS)
+    found = {key[0] for key in cells} or set(REPORT_TASKS)
     return [task for task in TASK_NAMES if task in found] + sorted(found - set(TASK_NAMES))
 
 

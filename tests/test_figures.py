@@ -161,7 +161,7 @@ def test_one_seed_shows_no_interval():
 
 def test_two_experiments_are_not_averaged_into_one_cell():
     twin = replace(RECORDS[0], result=replace(RECORDS[0].result, accuracy=0.1))
-    with pytest.raises(ValueError, match="two records of lora on boolq, rank 4, seed 0"):
+    with pytest.raises(ValueError, match="two records of LoRA, rank 4 on boolq, seed 0"):
         figures.results_table([*RECORDS, twin], [], PUBLISHED, "mini")
 
 

@@ -58,9 +58,7 @@ def test_sizes_are_read_easily(count, text):
 
 
 def test_an_opening_cell_is_read():
-    cell = (
-        "# 10 The cost\n\nYou will be able to: see.\n\nTakes half a minute and\n0.6 GB. Needs: a CPU, no network. A."
-    )
+    cell = "# 10 The cost\n\nYou will be able to: see.\n\nTakes half a minute and\n0.6 GB. Needs: a CPU, no network. A."
     assert machine.read_opening(cell) == machine.Opening("10 The cost", "half a minute", "0.6 GB", "a CPU, no network")
     assert machine.read_opening(cell).memory_bytes == 0.6e9 and not machine.read_opening(cell).needs_gpu
     assert machine.read_opening("# Alone") == machine.Opening("Alone", "", "", "")

@@ -10,7 +10,8 @@ import pytest
 
 from dora_lab import pipeline
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunRecord, RunResult, RunSpec, run_folder, write_record
+from dora_lab.records import RunRecord, RunResult, RunSpec, read_records, run_folder, write_record
+from dora_lab.tables import read_published, results_table
 
 
 def _specs(*cells):
@@ -93,3 +94,26 @@ def test_recording_replaces_what_the_profile_no_longer_gives(tiny_profile, tmp_p
 def _result(accuracy: float) -> RunResult:
     zeros = {f.name: 0 for f in fields(RunResult) if f.default is MISSING}
     return RunResult(**zeros | {"accuracy": accuracy, "n": 10, "resumed": False})
+
+
+def test_variants_are_runs_of_the_grid_with_rows_of_their_own(tiny_profile, tmp_path):
+    """Plain runs and variants side by side: run ids, `of_profile`, table."""
+    path = tmp_path / "varied.yaml"
+    path.write_text(
+        f"extends: {tiny_profile}\nname: varied\ntasks: [boolq]\nvariants: {{short: {{steps: {{boolq: 2}}}}}}\n"
+    )
+    profile = load_profile(path)
+    specs = pipeline.grid(profile, [0], ["dora"])
+    assert [spec.variant for spec in specs] == [None, "short"]
+    assert specs[0].run_id == RunSpec.from_profile(load_profile(tiny_profile), "boolq", "dora").run_id
+    assert specs[1].run_id.startswith("boolq-dora-short-r") and specs[1].steps == 2
+    assert pipeline.grid(profile, [0], ["dora"], variants=["short"]) == specs[1:]
+    summary = pipeline.run_grid(str(path), specs, tmp_path / "runs", report=lambda line: None)
+    assert summary.done_now == 2
+    records, damaged = read_records(tmp_path / "runs" / "varied")
+    assert not damaged and pipeline.of_profile(profile, records) == records
+    assert pipeline.of_profile(load_profile(tiny_profile), records) == records[:1]
+    table = results_table(records, [], read_published(), "varied")
+    own = table[table["source"] == "profile varied"]
+    assert list(own["row"]) == ["this run DoRA", "this run DoRA, short"]
+    assert [round(100 * r.result.accuracy, 4) for r in records] == [round(a, 4) for a in own["boolq"]]

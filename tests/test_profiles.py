@@ -1,5 +1,7 @@
 """Profiles: the shipped ones are sound, and every mistake in one is named."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -109,3 +111,42 @@ def test_the_llama_profiles_are_the_reports_six_runs_and_the_papers_recipe():
     assert reported.train_on_prompt and not reported.gradient_checkpointing and reported.cut == "end"
     assert (reported.cutoff_tokens, reported.dtype, reported.evaluation) == (256, "float16", "generate")
     assert paper.tasks == ["commonsense_170k"] and paper.evaluation == "generate"
+
+
+# --- variants ---
+
+
+def test_a_profile_extends_another_and_changes_what_it_names(tmp_path):
+    (tmp_path / "own.yaml").write_text("extends: mini\nname: own\nsummary: one seed\nseeds: [7]\n")
+    own, mini = load_profile(tmp_path / "own.yaml"), load_profile("mini")
+    assert own == replace(mini, name="own", summary="one seed", seeds=[7])
+
+
+def test_a_profile_may_extend_a_file_beside_it(tmp_path, tiny_profile):
+    path = tiny_profile.parent / "own.yaml"
+    path.write_text(f"extends: {tiny_profile.name}\nname: own\nrank: 3\n")
+    assert load_profile(path) == replace(load_profile(tiny_profile), name="own", rank=3)
+
+
+def test_a_variant_is_the_profile_with_its_own_values(tmp_path, tiny_profile):
+    profile = load_profile(_write(tmp_path, tiny_profile, variants={"short": {"cutoff_tokens": 9}, "same": {}}))
+    assert profile.variant("short") == replace(profile, cutoff_tokens=9, variants={})
+    assert profile.variant("same") == replace(profile, variants={})
+    assert profile.variant(None) is profile
+    with pytest.raises(ValueError, match="profile 'tiny' has no variant 'shrt': its variants are same, short"):
+        profile.variant("shrt")
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ({"Short!": {}}, "variant 'Short!': a name is made of small letters"),
+        ({"short": {"cutoff": 9}}, "variant 'short': cutoff: Unexpected keyword argument"),
+        ({"short": {"cutoff_tokens": 0}}, "variant 'short': .*got 0"),
+        ({"short": {"seeds": [3], "tasks": ["boolq"]}}, "variant 'short' cannot change seeds, tasks"),
+        ({"short": {"cut": "end"}}, "variant 'short': .*needs train_on_prompt true"),
+    ],
+)
+def test_a_variant_that_cannot_be_is_named(tmp_path, tiny_profile, variants, message):
+    with pytest.raises(ValueError, match=message):
+        load_profile(_write(tmp_path, tiny_profile, variants=variants))

@@ -24,7 +24,7 @@ CHANGES = {
     "difference_calculator": {"questions": 3270, "discordant": 0.3, "difference_pp": 4.0},
     "live_curves": {"runs": ("mini/b",)},
     "memory_planner": {"rank": 128, "length": 1024},
-    "results_browser": {"task": "winogrande", "kinds": (("full", None),), "seeds": (1, 2)},
+    "results_browser": {"task": "winogrande", "kinds": (("full", None, None),), "seeds": (1, 2)},
 }
 
 

@@ -11,38 +11,33 @@ from dora_lab.data import data_sha256, load_examples
 from dora_lab.figures import METHOD_COLOURS
 from dora_lab.profiles import PROJECT
 from dora_lab.records import RunRecord, RunSpec, read_predictions, read_records
-from dora_lab.tables import METHOD_NAMES, TASK_NAMES
+from dora_lab.tables import TASK_NAMES, kind_name, kinds_of
 from dora_lab.widgets.panel import LABEL_WIDTH, WIDE, Drawing, Panel, canvas, slider, table_html
 
-Kind = tuple[str, int | None]  # method and rank
+Kind = tuple[str, int | None, str | None]  # method, rank, variant
 MARKERS = {"lora": "o", "dora": "s", "full": "^", "dora-magnitude": "D"}
 
 
-def kind_name(kind: Kind) -> str:
-    """`DoRA, rank 4`."""
-    return METHOD_NAMES[kind[0]] + ("" if kind[1] is None else f", rank {kind[1]}")
-
-
 def latest_records(records: Sequence[RunRecord]) -> dict[tuple[str, Kind, int], RunRecord]:
-    """{(task, method and rank, seed): record} of the test split; of several the one that was made last."""
+    """{(task, kind, seed): record} of the test split; of several the one that was made last."""
     tested = [record for record in records if record.spec.split == "test"]
     tested.sort(key=lambda record: record.environment.get("date", ""))
-    return {(r.spec.task, (r.spec.method, r.spec.rank), r.spec.seed): r for r in tested}
+    return {(r.spec.task, r.spec.kind, r.spec.seed): r for r in tested}
 
 
 def seed_accuracies(records: Sequence[RunRecord]) -> dict[str, dict[int, float]]:
-    """{name of method and rank: {seed: accuracy in percent}}."""
+    """{name of method, rank and variant: {seed: accuracy in percent}}."""
     found: dict[str, dict[int, float]] = {}
     for record in records:
-        of_kind = found.setdefault(kind_name((record.spec.method, record.spec.rank)), {})
+        of_kind = found.setdefault(kind_name(*record.spec.kind), {})
         of_kind[record.spec.seed] = 100 * record.result.accuracy
     return found
 
 
 def accuracy_figure(records: Sequence[RunRecord]) -> Figure:
-    """A row for each method and rank: a mark for every seed, a stroke at the mean, chance dotted."""
+    """A row for each method, rank and variant: a mark for every seed, a stroke at the mean, chance dotted."""
     found = seed_accuracies(records)
-    methods = {kind_name((r.spec.method, r.spec.rank)): r.spec.method for r in records}
+    methods = {kind_name(*r.spec.kind): r.spec.method for r in records}
     figure, (axes,) = canvas(7.2, 1.0 + 0.36 * max(2, len(found)))
     for place, (name, accuracies) in enumerate(found.items()):
         values, method = list(accuracies.values()), methods[name]
@@ -109,7 +104,7 @@ def results_browser(records_dir: str | Path = PROJECT / "data" / "results" / "mi
         return _question_texts(next(r.spec for r in records if r.spec.task == task))
 
     tasks = [task for task in TASK_NAMES if any(r.spec.task == task for r in records)]
-    kinds = sorted({(r.spec.method, r.spec.rank) for r in records}, key=lambda k: (list(METHOD_NAMES).index(k[0]), k))
+    kinds = kinds_of((task, *kind) for task, kind, _ in latest)
     seeds = sorted({r.spec.seed for r in records})
     several = "; hold Ctrl or Shift with the arrow keys to choose several"
     controls = {
@@ -121,8 +116,8 @@ def results_browser(records_dir: str | Path = PROJECT / "data" / "results" / "mi
         ),
         "kinds": ipywidgets.SelectMultiple(
             description="methods",
-            tooltip="Methods and ranks to compare" + several,
-            options=[(kind_name(kind), kind) for kind in kinds],
+            tooltip="Methods, ranks and variants to compare" + several,
+            options=[(kind_name(*kind), kind) for kind in kinds],
             value=_first_choice(kinds),
             rows=min(5, len(kinds)),
             style=LABEL_WIDTH,
@@ -151,8 +146,8 @@ def results_browser(records_dir: str | Path = PROJECT / "data" / "results" / "mi
 
 def _first_choice(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
     """LoRA and DoRA at the largest rank that both have, else the first two there are."""
-    shared = [rank for method, rank in kinds if method == "lora" and ("dora", rank) in kinds]
-    return (("lora", max(shared)), ("dora", max(shared))) if shared else tuple(kinds[:2])
+    shared = [kind[1] for kind in kinds if kind[0] == "lora" and kind[2] is None and ("dora", *kind[1:]) in kinds]
+    return (("lora", max(shared), None), ("dora", max(shared), None)) if shared else tuple(kinds[:2])
 
 
 def _question_texts(spec: RunSpec) -> dict[str, str]:
@@ -165,7 +160,7 @@ def _question_texts(spec: RunSpec) -> dict[str, str]:
 
 
 def _run_name(spec: RunSpec) -> str:
-    return f"{kind_name((spec.method, spec.rank))}, seed {spec.seed}"
+    return f"{kind_name(*spec.kind)}, seed {spec.seed}"
 
 
 def _runs_table(records: Sequence[RunRecord]) -> str:
