@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from dora_lab import processes
+from dora_lab import processes, shards
 from dora_lab.adapters import AdapterConfig, attach, trainable_parameters
 from dora_lab.checkpoint import save_adapter
 from dora_lab.data import load_examples, tokenized
@@ -169,15 +169,14 @@ def _train(
 def _train_with(
     spec: RunSpec, rows: Dataset, lengths: list[int], folder: Path, progress: bool, micro: int
 ) -> tuple[RunTrainer, int, int, bool]:
-    model = load_model(spec.base_model, spec.dtype, processes.device(), spec.revision, spec.quantisation)
+    shards.check(spec.method, spec.quantisation, spec.optimizer, spec.dtype)
+    device = "cpu" if shards.asked_for() else processes.device()  # a GPU is to hold its part alone
+    with shards.done_here():
+        model = load_model(spec.base_model, spec.dtype, device, spec.revision, spec.quantisation)
     config = AdapterConfig(spec.method, spec.rank, spec.alpha, spec.dropout, tuple(spec.target_modules))
     attach(model, config, torch.Generator().manual_seed(spec.seed))
     trainable, total = trainable_parameters(model)
     trainer = RunTrainer(spec, model, rows.select(order(lengths, spec)), folder, progress, micro)
-    if trainer.is_fsdp_enabled:
-        if spec.geometry or spec.method == "full":
-            raise ValueError("under FSDP adapters alone can be trained, and no geometry: set geometry to false")
-        warnings.warn("under FSDP no checkpoints are kept: an interrupted run starts anew", stacklevel=2)
     checkpoint = processes.told_by_first(lambda: last_whole_checkpoint(folder / "checkpoints"))
     if checkpoint and progress:
         print(f"going on from step {checkpoint.name.rpartition('-')[2]}", flush=True)
@@ -191,9 +190,9 @@ def smaller_micro_batch(effective: int, micro: int) -> int | None:
 
 
 def _evaluate(spec: RunSpec, trainer: RunTrainer, tokenizer, questions: list) -> list[Prediction]:
-    """Predictions in the order of the questions; several processes share them, under FSDP all do the same."""
+    """Predictions in the order of the questions; several processes share them, with a sharded model all do the same."""
     answer = PROTOCOLS[spec.evaluation]
-    shared = processes.count() > 1 and not trainer.is_fsdp_enabled
+    shared = processes.count() > 1 and not shards.is_sharded(trainer.model)
     own = questions[processes.rank() :: processes.count()] if shared else questions
     try:
         found = answer(trainer.model, tokenizer, own, spec.prompt, spec.evaluation_batch_size) if own else []
@@ -217,8 +216,8 @@ def _write(folder: Path, record: RunRecord, predictions: list[Prediction], curve
 def _save_model(spec: RunSpec, trainer: RunTrainer, tokenizer, folder: Path) -> None:
     """The whole model or the adapter, by the first process."""
     model = trainer.model
-    if trainer.is_fsdp_enabled:
-        processes.unshard(model)
+    if shards.is_sharded(model):
+        shards.keep_adapters_whole(model)
     if not processes.is_first():
         return
     if spec.method == "full":
