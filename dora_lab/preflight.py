@@ -54,10 +54,15 @@ def check_memory(spec: RunSpec, tokens: int | None = None) -> None:
     planned = plan_of(spec, tokens=tokens) if is_large(spec) else None
     if planned is None:
         return
+    from dora_lab import processes, shards
+
+    needed = planned.total
+    if shards.asked_for():  # of the base a process keeps its part; the rest of the plan stays a bound
+        needed -= planned.weights - planned.weights // processes.count()
     where, room = _room(planned.job.device)
-    if planned.total > room:
+    if needed > room:
         raise ValueError(
-            f"{spec.base_model} with {planned.job.name} needs {planned.total / 1e9:.1f} GB, {where} has "
+            f"{spec.base_model} with {planned.job.name} needs {needed / 1e9:.1f} GB, {where} has "
             f"{room / 1e9:.1f} GB free: {advice(planned)}"
         )
 

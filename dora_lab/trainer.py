@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -197,6 +197,13 @@ class RunTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._change_states(shards.part)
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """While the micro-batches of a step but the last are read: their gradients are reduced together."""
+        self.model.set_requires_gradient_sync(False)
+        yield
+        self.model.set_requires_gradient_sync(True)
 
     def _change_states(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Replace what the optimizer keeps of every number of a sharded parameter."""
