@@ -77,7 +77,7 @@ def plan_of(spec: RunSpec, tokens: int | None = None, micro: int | None = None) 
     """The planner's view of a run, for sequences of `tokens` tokens; None for a model or a rank it knows nothing of."""
     import torch
 
-    from dora_lab.memory import plan
+    from dora_lab.memory import ANSWER_TOKENS, plan
 
     shape = _shape(spec)
     if shape is None:
@@ -100,7 +100,7 @@ def plan_of(spec: RunSpec, tokens: int | None = None, micro: int | None = None) 
             base_precision=spec.dtype if spec.quantisation == "none" else spec.quantisation,
             optimizer=spec.optimizer,
             accumulation=spec.examples_per_step // micro,
-            logit_columns=None if spec.train_on_prompt else min(tokens, 32),
+            logit_columns=None if spec.train_on_prompt else min(tokens, ANSWER_TOKENS),
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
     except ValueError:
