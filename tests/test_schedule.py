@@ -102,7 +102,5 @@ def test_hours_follow_from_a_measurement(runs, tmp_path):
 @pytest.mark.parametrize(("text", "message"), [("{", "broken JSON"), ('{"rows": []}', "is no measurement of")])
 def test_a_file_that_is_no_measurement_is_named(tmp_path, text, message):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(
-        ValueError, match=rf"x.json .*{message}.*: delete it, or measure again with"
-    ):
+    with pytest.raises(ValueError, match=rf"x.json .*{message}.*: delete it, or measure again with"):
         read_measurements(tmp_path)
