@@ -4,9 +4,9 @@
 serves as it is. The data's licence is ODC-By.
 """
 
-import contextlib
 import hashlib
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,8 +136,15 @@ def _verify(target: Path, remote: RemoteFile) -> None:
         expected, of_first = f"sha256 {seal.read_text().strip()}", f" (of the first copy, kept in {seal.name})"
     if expected is None:
         _check_json_is_whole(target)
-        with contextlib.suppress(OSError):  # a cache that is read-only stays as it is
-            seal.write_text(_sha256(target) + "\n")
+        digest, kept = _sha256(target), f"it is kept in {seal.name}, and later copies must have it"
+        try:
+            seal.write_text(digest + "\n")
+        except OSError as error:  # a cache that is read-only stays as it is
+            kept = f"it could not be kept ({error.strerror}): compare it yourself"
+        warnings.warn(
+            f"{target} is taken on trust: no hash of {remote.path} is known. Its SHA-256 is {digest}; {kept}",
+            stacklevel=3,
+        )
         return
     kind, _, digest = expected.rpartition(" ")
     found = _sha256(target) if kind == "sha256" else git_blob_id(target)

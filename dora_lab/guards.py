@@ -14,6 +14,7 @@ from dora_lab.geometry import delta_direction, delta_magnitude
 from dora_lab.kernels import weight_of
 from dora_lab.records import LIVE_CURVE, RunSpec, write_lines
 from dora_lab.sealed import writing
+from dora_lab.shards import gathered
 
 GEOMETRY_MODULES = ("q_proj", "v_proj")
 DIVERGED = 2.0  # a loss this many times that of guessing among all tokens, or of the run's beginning, is no training
@@ -107,17 +108,18 @@ def geometry(model, before: dict[str, Tensor | None], step: int) -> list[dict]:
     rows = []
     for name, base in before.items():
         module = model.get_submodule(name)
-        weight = module.effective_weight() if base is None else module.weight  # (out, in)
-        base = weight_of(module.base) if base is None else base  # (out, in)
-        rows.append(
-            {
-                "step": step,
-                "layer": next(int(part) for part in name.split(".") if part.isdigit()),
-                "module": name.rpartition(".")[2],
-                "delta_magnitude": delta_magnitude(weight, base),
-                "delta_direction": delta_direction(weight, base),
-            }
-        )
+        with gathered(model, name):
+            weight = module.effective_weight() if base is None else module.weight  # (out, in)
+            base = weight_of(module.base) if base is None else base  # (out, in)
+            rows.append(
+                {
+                    "step": step,
+                    "layer": next(int(part) for part in name.split(".") if part.isdigit()),
+                    "module": name.rpartition(".")[2],
+                    "delta_magnitude": delta_magnitude(weight, base),
+                    "delta_direction": delta_direction(weight, base),
+                }
+            )
     return rows
 
 

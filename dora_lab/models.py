@@ -226,16 +226,21 @@ def answer_logits(
     """Logits for the token after each `input_ids[rows[i], columns[i]]`: (positions, vocabulary), float32.
 
     input_ids: (batch, longest), padded on the right. There is no mask: under causal attention no token sees what
-    follows it. Only the columns that matter go through the output layer, which is most of the work of a small model.
+    follows it. Only the positions that matter go through the output layer, which is most of the work of a small model,
+    and most of the memory of a loss: the others are left out in front of it, whatever the model does behind it.
     packing: `attention_mask` (batch, 1, longest, seen), added to the scores, and `position_ids` (batch, longest) of
     rows that hold several continuations of one prompt; `past_key_values` of tokens that come before all rows.
     """
-    import torch
 
-    kept = columns.unique()  # (kept,) sorted
-    output = model(input_ids=input_ids, use_cache=False, logits_to_keep=kept, **packing)
-    logits = output.logits  # (batch, kept, vocabulary)
-    return logits[rows, torch.searchsorted(kept, columns.contiguous())].float()  # (positions, vocabulary)
+    def select(layer, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0][rows, columns],)  # (batch, longest, hidden) -> (positions, hidden)
+
+    within = getattr(model, "module", model)  # of DistributedDataParallel, which must be called itself
+    hook = within.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        return model(input_ids=input_ids, use_cache=False, **packing).logits.float()
+    finally:
+        hook.remove()
 
 
 def base_sha256(base_model: str, revision: str | None = None, tokenizer: str | None = None) -> str:

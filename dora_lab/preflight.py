@@ -54,10 +54,15 @@ def check_memory(spec: RunSpec, tokens: int | None = None) -> None:
     planned = plan_of(spec, tokens=tokens) if is_large(spec) else None
     if planned is None:
         return
+    from dora_lab import processes, shards
+
+    needed = planned.total
+    if shards.asked_for():  # of the base a process keeps its part; the rest of the plan stays a bound
+        needed -= planned.weights - planned.weights // processes.count()
     where, room = _room(planned.job.device)
-    if planned.total > room:
+    if needed > room:
         raise ValueError(
-            f"{spec.base_model} with {planned.job.name} needs {planned.total / 1e9:.1f} GB, {where} has "
+            f"{spec.base_model} with {planned.job.name} needs {needed / 1e9:.1f} GB, {where} has "
             f"{room / 1e9:.1f} GB free: {advice(planned)}"
         )
 
@@ -72,7 +77,7 @@ def plan_of(spec: RunSpec, tokens: int | None = None, micro: int | None = None) 
     """The planner's view of a run, for sequences of `tokens` tokens; None for a model or a rank it knows nothing of."""
     import torch
 
-    from dora_lab.memory import plan
+    from dora_lab.memory import ANSWER_TOKENS, plan
 
     shape = _shape(spec)
     if shape is None:
@@ -95,7 +100,7 @@ def plan_of(spec: RunSpec, tokens: int | None = None, micro: int | None = None) 
             base_precision=spec.dtype if spec.quantisation == "none" else spec.quantisation,
             optimizer=spec.optimizer,
             accumulation=spec.examples_per_step // micro,
-            logit_columns=None if spec.train_on_prompt else min(tokens, 32),
+            logit_columns=None if spec.train_on_prompt else min(tokens, ANSWER_TOKENS),
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
     except ValueError:

@@ -44,10 +44,8 @@ def launched() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo", timeout=WAIT)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield  # one that fails takes no leave: others may be waiting for it, and its launcher ends them when it is gone
+    dist.destroy_process_group()
 
 
 @contextmanager
@@ -89,15 +87,6 @@ def gathered(own: list) -> list[list]:
     found: list = [None] * count()
     dist.all_gather_object(found, own)
     return found
-
-
-def unshard(model: torch.nn.Module) -> None:
-    """Put together what FSDP has spread over the processes, in each of them."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
 
 
 def _wait() -> None:

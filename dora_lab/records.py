@@ -39,6 +39,7 @@ from dora_lab.profiles import (
 
 METHODS = Method.__args__
 LOW_RANK = ("lora", "dora")
+FAILURE = "failure.json"
 LIVE_CURVE = "curve.partial.jsonl"  # of a run that goes on; `curve.jsonl` takes its place at the end
 _CONFIG = ConfigDict(extra="forbid")
 # The parameters of 07_fine_tune.ipynb and what each is read as; "" or None takes the profile's value.
@@ -324,7 +325,7 @@ def read_predictions(folder: Path) -> list[dict]:
 def write_record(folder: Path, record: RunRecord) -> None:
     """Write `record.json`, which makes the run done, and take away the trace of an earlier failure."""
     write_text(folder / "record.json", json.dumps(dataclasses.asdict(record), indent=1) + "\n")
-    (folder / "failure.json").unlink(missing_ok=True)
+    (folder / FAILURE).unlink(missing_ok=True)
 
 
 def is_done(folder: Path) -> bool:
@@ -366,12 +367,12 @@ def read_records(profile_folder: Path) -> tuple[list[RunRecord], list[str]]:
 def write_failure(folder: Path, spec: RunSpec, error: str) -> None:
     """Note why a run failed, for the tables; removed when the run succeeds."""
     failure = {name: getattr(spec, name) for name in ("task", "method", "rank", "variant", "seed")} | {"error": error}
-    write_text(folder / "failure.json", json.dumps(failure, indent=1) + "\n")
+    write_text(folder / FAILURE, json.dumps(failure, indent=1) + "\n")
 
 
 def read_failures(profile_folder: Path) -> list[dict]:
     """Failed and not since finished runs: task, method, rank, variant, seed, error, folder."""
-    paths = sorted(Path(profile_folder).glob("*/failure.json"))
+    paths = sorted(Path(profile_folder).glob(f"*/{FAILURE}"))
     return [json.loads(path.read_text()) | {"folder": str(path.parent)} for path in paths if not is_done(path.parent)]
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from dora_lab import processes
+from dora_lab import processes, shards
 from dora_lab.data import IGNORED
 from dora_lab.guards import AtCheckpoints, base_weights, check_parameters, geometry
 from dora_lab.models import answer_logits, checkpoint_layers
@@ -111,8 +111,10 @@ class RunTrainer(Trainer):
         if spec.gradient_checkpointing:
             checkpoint_layers(model)
         set_seed(spec.seed)
+        if shards.asked_for():
+            shards.shard(model)
         callbacks = [AtCheckpoints(self, spec, folder, model.get_input_embeddings().num_embeddings, progress)]
-        with _accepted(model):
+        with _accepted(model), shards.done_here():
             super().__init__(model, arguments, collate, train_dataset=rows, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         if arguments.world_size > 1:
@@ -151,10 +153,8 @@ class RunTrainer(Trainer):
         return loss * self.args.world_size if self.args.world_size > 1 else loss  # gradients are averaged over them
 
     def _save_checkpoint(self, model, trial) -> None:
-        if self.is_fsdp_enabled:
-            return  # `finetune` says so
         folder, main = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.args.should_save
-        check_parameters(dict(trained(self.model)), self.state.global_step)
+        check_parameters({name: shards.whole(p) for name, p in trained(self.model)}, self.state.global_step)
         with writing(folder):
             if main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -169,11 +169,11 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        tensors = {name: shards.whole(p.detach()).contiguous() for name, p in trained(self.model)}
         if not self.args.should_save:
             return
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().contiguous() for name, p in trained(self.model)}
         save_file(tensors, folder / "trainable.safetensors")
         self._count_time()
         kept = {name: getattr(self, name) for name in ("train_time_s", "steps_time_s", "geometry")}
@@ -184,9 +184,33 @@ class RunTrainer(Trainer):
         saved = load_file(folder / "trainable.safetensors")
         with torch.no_grad():
             for name, parameter in trained(self.model):
-                parameter.copy_(saved[name])
+                parameter.copy_(shards.part(saved[name], like=parameter))
         for name, value in json.loads((folder / "progress.json").read_text()).items():
             setattr(self, name, value)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._change_states(lambda state, parameter: shards.whole(state))  # a checkpoint serves whole and sharded runs
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._change_states(shards.part)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._change_states(shards.part)
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """While the micro-batches of a step but the last are read: their gradients are reduced together."""
+        self.model.set_requires_gradient_sync(False)
+        yield
+        self.model.set_requires_gradient_sync(True)
+
+    def _change_states(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Replace what the optimizer keeps of every number of a sharded parameter."""
+        for parameter, states in self.optimizer.state.items() if shards.is_sharded(self.model) else ():
+            for name, state in states.items():
+                if state.shape == parameter.shape:
+                    states[name] = change(state, parameter)
 
 
 def trained(model) -> Iterable[tuple[str, torch.nn.Parameter]]:

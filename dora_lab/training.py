@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from dora_lab import processes
+from dora_lab import processes, shards
 from dora_lab.adapters import AdapterConfig, attach, trainable_parameters
 from dora_lab.checkpoint import save_adapter
 from dora_lab.data import load_examples, tokenized
@@ -29,6 +29,7 @@ from dora_lab.models import check_vocabulary, load_config, load_model, load_toke
 from dora_lab.preflight import advice, check_memory, plan_of, preflight
 from dora_lab.profiles import load_profile
 from dora_lab.records import (
+    FAILURE,
     LIVE_CURVE,
     PARAMETERS,
     RunRecord,
@@ -43,10 +44,13 @@ from dora_lab.records import (
     write_failure,
     write_lines,
     write_record,
+    write_text,
 )
 from dora_lab.sealed import last_whole_checkpoint, writing
 from dora_lab.tasks import task
 from dora_lab.trainer import RunTrainer, order
+
+NOTE = "micro_batch_size"  # file in a run's folder: how many examples at a time were left when memory ran out
 
 
 def finetune(spec: RunSpec, runs_dir: str | Path = "runs", progress: bool = True) -> RunRecord:
@@ -63,18 +67,25 @@ def finetune(spec: RunSpec, runs_dir: str | Path = "runs", progress: bool = True
     """
     folder = run_folder(runs_dir, spec)
     threads = torch.get_num_threads()
-    with processes.first(lambda: prepare_folder(folder), lambda: locked(folder)):
+    with processes.first(lambda: _prepare(folder), lambda: locked(folder)):
         if is_done(folder):
             return read_record(folder)
         try:
             torch.set_num_threads(spec.threads)
             return _run(spec, folder, progress and processes.is_first())
         except Exception as error:
-            with contextlib.suppress(OSError):
-                write_failure(folder, spec, f"{type(error).__name__}: {error}")
+            if processes.count() == 1 or not (folder / FAILURE).exists():  # the first of several to fail says why
+                with contextlib.suppress(OSError):
+                    write_failure(folder, spec, f"{type(error).__name__}: {error}")
             raise
         finally:
             torch.set_num_threads(threads)
+
+
+def _prepare(folder: Path) -> None:
+    prepare_folder(folder)
+    if processes.count() > 1:
+        (folder / FAILURE).unlink(missing_ok=True)
 
 
 def _run(spec: RunSpec, folder: Path, progress: bool) -> RunRecord:
@@ -129,7 +140,8 @@ def _run(spec: RunSpec, folder: Path, progress: bool) -> RunRecord:
     _save_model(spec, trainer, tokenizer, folder)
     if processes.is_first():
         write_record(folder, record)
-        (folder / LIVE_CURVE).unlink(missing_ok=True)
+        for name in (LIVE_CURVE, NOTE):
+            (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if progress:
         print(f"{result.correct} of {result.n} questions right ({result.accuracy:.1%})", flush=True)
@@ -142,8 +154,12 @@ def _train(
     """(the trainer after its last step, trained and total parameters, whether it went on from a checkpoint).
 
     Where the GPU's memory does not do, once more with micro-batches of half the size, from the last whole checkpoint.
+    Of several processes one that has no memory left cannot ask the others, which wait for it inside a step: it leaves a
+    note of that size and fails, the launcher ends the others, and the run as it is started again goes by the note.
     """
-    micro = spec.micro_batch_size or spec.batch_size
+    note = folder / NOTE
+    noted = processes.told_by_first(lambda: note.read_text() if note.is_file() else None)
+    micro = int(noted) if noted else spec.micro_batch_size or spec.batch_size
     while True:
         full = ""
         try:
@@ -155,9 +171,16 @@ def _train(
             torch.cuda.empty_cache()
         planned = plan_of(spec, tokens=max(lengths), micro=micro)
         change = advice(planned) if planned else "set micro_batch_size lower, or gradient_checkpointing to true"
-        smaller = smaller_micro_batch(spec.examples_per_step, micro) if processes.count() == 1 else None
+        smaller = smaller_micro_batch(spec.examples_per_step, micro, processes.count())
         if smaller is None:
             raise RuntimeError(f"out of GPU memory with micro-batches of {micro} ({full}): {change}")
+        if processes.count() > 1:
+            write_text(note, f"{smaller}\n")
+            raise RuntimeError(
+                f"out of GPU memory with micro-batches of {micro} in process {processes.rank()} ({full}): run the same "
+                f"command again, and it goes on from its last checkpoint with {smaller} at a time, the same "
+                f"{spec.examples_per_step} a step; {change}"
+            )
         warnings.warn(
             f"out of GPU memory with micro-batches of {micro}; going on with {smaller} at a time, the same "
             f"{spec.examples_per_step} a step. {change[0].upper()}{change[1:]}",
@@ -169,15 +192,14 @@ def _train(
 def _train_with(
     spec: RunSpec, rows: Dataset, lengths: list[int], folder: Path, progress: bool, micro: int
 ) -> tuple[RunTrainer, int, int, bool]:
-    model = load_model(spec.base_model, spec.dtype, processes.device(), spec.revision, spec.quantisation)
+    shards.check(spec.method, spec.quantisation, spec.optimizer, spec.dtype)
+    device = "cpu" if shards.asked_for() else processes.device()  # a GPU is to hold its part alone
+    with shards.done_here():
+        model = load_model(spec.base_model, spec.dtype, device, spec.revision, spec.quantisation)
     config = AdapterConfig(spec.method, spec.rank, spec.alpha, spec.dropout, tuple(spec.target_modules))
     attach(model, config, torch.Generator().manual_seed(spec.seed))
     trainable, total = trainable_parameters(model)
     trainer = RunTrainer(spec, model, rows.select(order(lengths, spec)), folder, progress, micro)
-    if trainer.is_fsdp_enabled:
-        if spec.geometry or spec.method == "full":
-            raise ValueError("under FSDP adapters alone can be trained, and no geometry: set geometry to false")
-        warnings.warn("under FSDP no checkpoints are kept: an interrupted run starts anew", stacklevel=2)
     checkpoint = processes.told_by_first(lambda: last_whole_checkpoint(folder / "checkpoints"))
     if checkpoint and progress:
         print(f"going on from step {checkpoint.name.rpartition('-')[2]}", flush=True)
@@ -185,15 +207,15 @@ def _train_with(
     return trainer, trainable, total, checkpoint is not None
 
 
-def smaller_micro_batch(effective: int, micro: int) -> int | None:
-    """The largest divisor of `effective` that is at most half of `micro`; None below 1."""
-    return next((size for size in range(micro // 2, 0, -1) if effective % size == 0), None)
+def smaller_micro_batch(effective: int, micro: int, shares: int = 1) -> int | None:
+    """The largest divisor of `effective` at most half of `micro` that `shares` processes can share; None if none is."""
+    return next((size for size in range(micro // 2, 0, -1) if effective % size == 0 and size % shares == 0), None)
 
 
 def _evaluate(spec: RunSpec, trainer: RunTrainer, tokenizer, questions: list) -> list[Prediction]:
-    """Predictions in the order of the questions; several processes share them, under FSDP all do the same."""
+    """Predictions in the order of the questions; several processes share them, with a sharded model all do the same."""
     answer = PROTOCOLS[spec.evaluation]
-    shared = processes.count() > 1 and not trainer.is_fsdp_enabled
+    shared = processes.count() > 1 and not shards.is_sharded(trainer.model)
     own = questions[processes.rank() :: processes.count()] if shared else questions
     try:
         found = answer(trainer.model, tokenizer, own, spec.prompt, spec.evaluation_batch_size) if own else []
@@ -217,8 +239,8 @@ def _write(folder: Path, record: RunRecord, predictions: list[Prediction], curve
 def _save_model(spec: RunSpec, trainer: RunTrainer, tokenizer, folder: Path) -> None:
     """The whole model or the adapter, by the first process."""
     model = trainer.model
-    if trainer.is_fsdp_enabled:
-        processes.unshard(model)
+    if shards.is_sharded(model):
+        shards.keep_adapters_whole(model)
     if not processes.is_first():
         return
     if spec.method == "full":

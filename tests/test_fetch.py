@@ -1,10 +1,12 @@
 """The real files, from a server on this machine: fetched once, verified, refused when wrong, usable offline."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -184,8 +186,15 @@ def test_the_sha256_goes_before_the_blob_id(cache, server, boolq, monkeypatch):
 
 def test_where_no_hash_is_known_that_of_the_first_copy_holds(cache, server, put):
     content = put(PIQA, _records(task("piqa")))
-    fetch(PIQA, server.url)
-    assert fetch(PIQA).read_bytes() == content
+    digest = hashlib.sha256(content).hexdigest()
+    with pytest.warns(
+        UserWarning, match=rf"test.json is taken on trust: no hash .*piqa.*SHA-256 is {digest}; it is kept"
+    ):
+        fetch(PIQA, server.url)
+    assert (cache / f"{PIQA}.sha256").read_text().strip() == digest
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert fetch(PIQA).read_bytes() == content
     (cache / PIQA).write_bytes(content + b" ")
     with pytest.raises(ValueError, match=r"of the first copy, kept in test.json.sha256.*aside as test.json.refused"):
         fetch(PIQA)

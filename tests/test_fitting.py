@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from dora_lab import guards, trainer, training
 from dora_lab.data import IGNORED, load_examples, tokenized
 from dora_lab.models import load_model, load_tokenizer
+from dora_lab.preflight import plan_of
 from dora_lab.profiles import load_profile
 from dora_lab.quantised import bitsandbytes_config
 from dora_lab.records import (
@@ -264,6 +265,36 @@ def test_out_of_memory_among_the_questions_says_so(tiny_spec, tmp_path, monkeypa
 
 def test_micro_batches_shrink_to_divisors():
     assert [smaller_micro_batch(12, micro) for micro in (12, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, None]
+
+
+# --- what goes through the output layer ---
+
+
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+def test_the_planner_counts_at_least_the_positions_whose_logits_a_run_makes(
+    tiny_spec, tmp_path, monkeypatch, train_on_prompt
+):
+    """With the prompt masked they are the answers' tokens, however long the prompts beside them are."""
+    spec, made = tiny_spec(train_on_prompt=train_on_prompt, steps=6, test_examples=1), []
+    compute = trainer.RunTrainer.compute_loss
+
+    def watched(self, model, inputs, *args, **kwargs):
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_hook(
+            lambda layer, read, logits: made.append((len(logits), inputs["input_ids"].shape, inputs["labels"]))
+        )
+        loss = compute(self, model, inputs, *args, **kwargs)
+        hook.remove()
+        return loss
+
+    monkeypatch.setattr(trainer.RunTrainer, "compute_loss", watched)
+    finetune(spec, tmp_path, progress=False)
+    assert len(made) == 6
+    for positions, (rows, longest), labels in made:
+        assert positions == (labels[:, 1:] != IGNORED).sum()
+        planned = plan_of(spec, tokens=longest).job
+        assert planned.batch == rows and positions <= rows * (planned.logit_columns or planned.length)
+        assert train_on_prompt or positions < rows * 8 < rows * longest
 
 
 # --- a run that goes astray, and one that is looked at ---

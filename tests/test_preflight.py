@@ -109,6 +109,16 @@ def test_a_gpu_that_is_too_small_is_named_with_what_would_change_it(spec, monkey
     check_memory(replace(spec, quantisation="nf4", micro_batch_size=2))
 
 
+def test_of_a_sharded_base_each_process_holds_its_part(spec, monkeypatch):
+    monkeypatch.setattr(preflight, "_shape", lambda spec: SHAPES["llama-7b"])
+    monkeypatch.setattr(preflight, "_room", lambda device: ("the GPU", 16 * 10**9))
+    with pytest.raises(ValueError, match=r"needs (19|20)\.\d GB"):
+        check_memory(spec, 512)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr("dora_lab.processes.count", lambda: 4)
+    check_memory(spec, 512)
+
+
 def test_a_cut_off_that_is_not_known_yet_refuses_nothing_that_could_fit(spec, monkeypatch):
     monkeypatch.setattr(preflight, "_shape", lambda spec: SHAPES["llama-7b"])
     assert plan_of(spec).job.length == preflight.SHORTEST_TOKENS
