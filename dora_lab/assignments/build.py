@@ -138,11 +138,11 @@ def _of_region(source: str, region: re.Match) -> str:
 
 def _front_page(assignment: Assignment, points: dict[str, int]) -> str:
     rule = "Solutions are plain PyTorch: adapter libraries cannot be imported where they are graded. "
+    rule, runs = ("", ", and the folder `runs` beside it") if assignment.uses_lab else (rule, "")
     return (
         f"# Assignment {assignment.number}: {assignment.title}\n\n"
         f"{sum(points.values())} points, about {assignment.hours} hours. Put your student id between the quotation "
-        "marks of the next cell first: it seeds the numbers of your own. Write where a cell says so, and leave the other "
-        f"cells as they are; more cells of your own do no harm. {'' if assignment.uses_lab else rule}Before you hand in, "
-        "restart the kernel and run all cells. Hand in this file under its own name"
-        f"{', and the folder `runs` beside it' if assignment.uses_lab else ''}.\n"
+        "marks of the next cell first: it seeds the numbers of your own. Write where a cell says so, and leave the "
+        "other cells as they are; more cells of your own do no harm. "
+        f"{rule}Before you hand in, restart the kernel and run all cells. Hand in this file under its own name{runs}.\n"
     )

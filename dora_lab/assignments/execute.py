@@ -14,8 +14,9 @@ from dora_lab.assignments.repair import ROLE
 
 PRELUDE = """\
 from pathlib import Path as _Path
-from dora_lab.assignments import isolation as _isolation, sandbox as _sandbox
-_submission = _isolation.Submission(_Path("."), {seconds!r}, {memory!r}, () if {uses_lab!r} else _sandbox.HIDDEN)
+from dora_lab.assignments import isolation as _isolation
+_course = str(_Path.cwd().parents[2])
+_submission = _isolation.Submission(_Path.cwd(), {seconds!r}, {memory!r}, {uses_lab!r}, (_course,))
 import atexit as _atexit
 _atexit.register(_submission.close)
 """
@@ -60,7 +61,7 @@ class IsolatedExecute(Execute):
         if role["run"] == "test":
             return prelude + cell.source
         if role["run"] == "both":
-            return f"{prelude}_ = _submission.run({cell.source!r})\n{cell.source}"
+            return f"{prelude}_ = _submission.run({cell.source!r}, quiet=True)\n{cell.source}"
         return f"{prelude}_submission.bind({cell.source!r}, {list(role['names'])!r}, globals())"
 
 

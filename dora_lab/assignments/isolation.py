@@ -49,12 +49,14 @@ class Submission:
         folder: Path | None = None,
         seconds: float = CELL_SECONDS,
         memory_bytes: int = MEMORY_BYTES,
-        hidden: tuple[str, ...] = sandbox.HIDDEN,
+        uses_lab: bool = False,
+        hidden: tuple[str, ...] = (),
     ):
-        """folder: files that came with the notebook; the worker sees a copy. seconds: for a cell or a call. hidden: as
-        for `sandbox.start`.
+        """folder: files that came with the notebook; the worker sees a copy. seconds: for a cell or a call. uses_lab,
+        hidden: as for `sandbox.start`.
         """
-        self.seconds, self.memory_bytes, self.hidden = seconds, memory_bytes, hidden
+        self.seconds, self.memory_bytes = seconds, memory_bytes
+        self.uses_lab, self.hidden = uses_lab, hidden
         self.home = tempfile.mkdtemp(prefix="submission-")
         if folder is not None:
             shutil.copytree(folder, self.home, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.ipynb", "*.db"))
@@ -72,12 +74,13 @@ class Submission:
         self._end()
         shutil.rmtree(self.home, ignore_errors=True)
 
-    def run(self, source: str) -> dict[str, object]:
+    def run(self, source: str, quiet: bool = False) -> dict[str, object]:
         """Run one cell; the public names that it defined or changed: stand-ins for what can be called, else values.
 
-        Raises SubmissionError naming the student's exception, TimeLimit, WorkerDied. What the cell printed is printed.
+        Raises SubmissionError naming the student's exception, TimeLimit, WorkerDied. What the cell printed is printed,
+        unless `quiet`.
         """
-        reply = self._ask({"run": source})
+        reply = self._ask({"run": source}, quiet)
         self.done.append(source)
         for picture in reply["figures"]:
             from IPython.display import Image, display
@@ -93,11 +96,11 @@ class Submission:
         defined = self.run(source)
         namespace.update({name: defined[name] for name in names if name in defined})
 
-    def _ask(self, request: dict) -> dict:
+    def _ask(self, request: dict, quiet: bool = False) -> dict:
         if self.process is None:
             self._begin()
         reply = self._exchange(request, self.seconds)
-        if reply.get("printed"):
+        if reply.get("printed") and not quiet:
             print(reply["printed"], end="")
         if "error" in reply:
             place = f" ({reply['line']} of the cell)" if reply["line"] else ""
@@ -105,7 +108,8 @@ class Submission:
         return reply
 
     def _begin(self) -> None:
-        self.process, self.unread = sandbox.start(Path(self.home), self.memory_bytes, self.hidden), b""
+        self.process = sandbox.start(Path(self.home), self.memory_bytes, self.uses_lab, self.hidden)
+        self.unread = b""
         self._exchange({"run": ""}, STARTING_SECONDS)
         for source in self.done:
             self._exchange({"run": source}, self.seconds)

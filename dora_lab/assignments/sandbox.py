@@ -17,7 +17,7 @@ from dora_lab.assignments import worker
 from dora_lab.profiles import PROJECT
 
 NAMESPACES = ("--net", "--pid", "--ipc", "--fork", "--kill-child")
-HIDDEN = tuple(str(PROJECT / name) for name in ("notebooks", "dora_lab", "tests"))  # they hold the answers
+ANSWERS = tuple(str(PROJECT / name) for name in ("notebooks", "dora_lab", "tests"))  # where they can be read
 
 
 @functools.cache
@@ -38,12 +38,16 @@ def describe() -> str:
     return "no network (Python audit hook only: `unshare` is not allowed here)"
 
 
-def start(folder: Path, memory_bytes: int, hidden: tuple[str, ...] = HIDDEN) -> subprocess.Popen:
-    """A worker in `folder`, its pipes open. hidden: folders that it may not read; none lets it import the lab too."""
+def start(folder: Path, memory_bytes: int, uses_lab: bool, hidden: tuple[str, ...]) -> subprocess.Popen:
+    """A worker in `folder`, its pipes open. uses_lab: it may import adapter libraries, this one too; hidden: folders
+    that it may not read.
+    """
+    hidden = hidden if uses_lab else (*ANSWERS, *hidden)
     environment = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL") if key in os.environ}
     environment |= dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR", "XDG_CACHE_HOME"), str(folder))
     environment |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    code = [sys.executable, "-I", worker.__file__, str(folder), str(memory_bytes), *hidden]
+    code = [sys.executable, "-I", worker.__file__, str(folder), str(memory_bytes)]
+    code += ["uses-lab" if uses_lab else "plain", *hidden]
     return subprocess.Popen(
         [*unshare_command(), *code],
         stdin=subprocess.PIPE,

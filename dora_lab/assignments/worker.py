@@ -214,11 +214,11 @@ def _line_of(problem: BaseException) -> str:
     return f"line {frames[-1].lineno}" if frames else ""
 
 
-def main(folder: str, memory_bytes: int, hidden: list[str]) -> None:
+def main(folder: str, memory_bytes: int, uses_lab: bool, hidden: list[str]) -> None:
     """Serve requests from standard input until it ends.
 
-    memory_bytes: what may be allocated from now on (where the system can limit it); hidden: folders that a submission
-    may not read; without any, adapter libraries may be imported as well.
+    memory_bytes: what may be allocated from now on (where the system can limit it); uses_lab: whether adapter libraries
+    may be imported; hidden: folders that a submission may not read.
     """
     replies = os.fdopen(os.dup(1), "w")
     requests = os.fdopen(os.dup(0), "r")
@@ -230,12 +230,13 @@ def main(folder: str, memory_bytes: int, hidden: list[str]) -> None:
     used = (
         os.sysconf("SC_PAGE_SIZE") * int(open("/proc/self/statm").read().split()[0]) if sys.platform == "linux" else 0
     )
-    for kind, limit in ((resource.RLIMIT_AS, used + memory_bytes), (resource.RLIMIT_FSIZE, 64 * 2**20)):
+    limits = {resource.RLIMIT_AS: used + memory_bytes, resource.RLIMIT_FSIZE: 64 * 2**20, resource.RLIMIT_CPU: 1800}
+    for kind, limit in limits.items():
         try:
             resource.setrlimit(kind, (limit, limit))
         except (ValueError, OSError):  # macOS knows no RLIMIT_AS
             pass
-    _guard(folder, hidden, BLOCKED if hidden else ())
+    _guard(folder, [*hidden, "/proc", "/sys"], () if uses_lab else BLOCKED)
     worker = Worker()
     for line in requests:
         reply = json.dumps(worker.answer(json.loads(line)))
@@ -244,4 +245,4 @@ def main(folder: str, memory_bytes: int, hidden: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "uses-lab", sys.argv[4:])
