@@ -489,7 +489,7 @@ def test_right_half_right_hostile_and_damaged_submissions_get_what_they_deserve(
         (tmp_path / "handed_in" / name).mkdir()
         nbformat.write(submission, tmp_path / "handed_in" / name / f"{assignment.name}.ipynb")
     said = []
-    table = grade(tmp_path / "handed_in", tmp_path / "out", seconds=8, report=said.append)
+    table = grade(tmp_path / "handed_in", tmp_path / "out", seconds=20, report=said.append)
 
     rows = {row["student_id"]: row for row in csv.DictReader(table.open())}
     exercises = ("a03-start", "a03-forward", "a03-merge", "a03-numbers")
@@ -516,7 +516,7 @@ def test_right_half_right_hostile_and_damaged_submissions_get_what_they_deserve(
         assert student in page and hidden not in page and "BEGIN HIDDEN" not in page
     again = []
     before = table.read_text()
-    assert grade(tmp_path / "handed_in", tmp_path / "out", seconds=8, report=again.append).read_text() == before
+    assert grade(tmp_path / "handed_in", tmp_path / "out", seconds=20, report=again.append).read_text() == before
     assert all(line.endswith("(0 s)") for line in again if "/7]" in line)
 
 
@@ -537,9 +537,31 @@ def test_an_experiment_is_graded_from_the_runs_handed_in_with_it(tmp_path, noteb
     assert rows["lesson"]["to_grade_by_hand"] == "yes" and rows["lesson"]["score"] == "10"
     assert rows["idle"]["score"] == "0" and rows["idle"]["to_grade_by_hand"] == "no"
 
+    from nbgrader.api import Gradebook
+
+    with Gradebook(f"sqlite:///{tmp_path / 'out' / 'course' / 'gradebook.db'}", "dora-lab") as book:
+        for name, points in (("a04-question", 3), ("a04-figure", 1.5), ("a04-paragraph", 4)):
+            by_hand = book.find_grade(name, assignment.name, assignment.name, "lesson")
+            by_hand.manual_score, by_hand.needs_manual_grade = points, False
+        book.db.commit()
+    table = grade(tmp_path / "handed_in", tmp_path / "out", report=lambda line: None)
+    rows = {row["student_id"]: row for row in csv.DictReader(table.open())}
+    assert (rows["lesson"]["score"], rows["lesson"]["to_grade_by_hand"]) == ("18.5", "no")
+    assert "18.5" in (tmp_path / "out" / "feedback" / "lesson.html").read_text()
+
 
 def test_without_nbgrader_grading_says_what_to_install(tmp_path, monkeypatch, notebooks):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     nbformat.write(student_copy(notebooks["03"]), tmp_path / "ada.ipynb")
     with pytest.raises(RuntimeError, match=r"pip install -e '\.\[grading\]'"):
         grade(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS, ids=NUMBERS)
+def test_the_instructors_page_has_points_hours_and_mistakes(assignment, notebooks):
+    page = assignment.guide.read_text()
+    worth = points_of(notebooks[assignment.number])
+    assert f"{sum(worth.values())} points, {assignment.hours} hours" in page
+    for name, points in worth.items():
+        assert f"| {name.removesuffix('-test')} | {points} |" in page
+    assert page.split("## Common mistakes")[1].count("\n- ") >= 5

@@ -78,11 +78,16 @@ def create(course: Path, assignment: Assignment, seconds: float, memory_bytes: i
 
 def autograde(course: Path, assignment: Assignment, student: str, seconds: float) -> str:
     """Run nbgrader's autograder and its feedback for one student, in a process of its own; "" or what went wrong."""
-    return _run(course, ["-m", __name__, assignment.name, student], seconds)
+    return _run(course, ["-m", __name__, assignment.name, student, "autograde", "generate_feedback"], seconds)
 
 
-def points(course: Path, assignment: Assignment, student: str) -> tuple[dict[str, float], float, bool]:
-    """({grade id: points}, maximum, whether something is left to grade by hand), from the gradebook.
+def feedback(course: Path, assignment: Assignment, student: str, seconds: float) -> str:
+    """Run the feedback alone, after grading by hand."""
+    return _run(course, ["-m", __name__, assignment.name, student, "generate_feedback"], seconds)
+
+
+def points(course: Path, assignment: Assignment, student: str) -> tuple[dict[str, float], bool, bool]:
+    """({grade id: points}, whether something is left to grade by hand, whether something was), from the gradebook.
 
     Raises KeyError for a student who is not in it.
     """
@@ -94,7 +99,8 @@ def points(course: Path, assignment: Assignment, student: str) -> tuple[dict[str
         except MissingEntry:
             raise KeyError(student) from None
         scores = {grade.cell.name: float(grade.score) for grade in submission.grades}
-        return scores, float(submission.max_score), submission.needs_manual_grade
+        by_hand = any(grade.manual_score is not None for grade in submission.grades)
+        return scores, submission.needs_manual_grade, by_hand
 
 
 def feedback_page(course: Path, assignment: Assignment, student: str) -> Path:
@@ -129,15 +135,15 @@ def _run(course: Path, arguments: list[str], seconds: float) -> str:
     return "" if process.returncode == 0 else (lines[-1] if lines else f"exit code {process.returncode}")
 
 
-def _main(name: str, student: str) -> None:
-    """In the course folder: autograde and write feedback. Exits with nbgrader's error as the last line."""
+def _main(name: str, student: str, *steps: str) -> None:
+    """In the course folder: nbgrader's steps for one student. Exits with nbgrader's error as the last line."""
     from nbgrader.apps import NbGraderAPI
     from traitlets.config.loader import PyFileConfigLoader
 
     logging.disable(logging.INFO)
     api = NbGraderAPI(config=PyFileConfigLoader("nbgrader_config.py", path=".").load_config())
-    for step in (api.autograde, api.generate_feedback):
-        result = step(name, student)
+    for step in steps:
+        result = getattr(api, step)(name, student)
         if not result["success"]:
             words = [line for line in (result.get("log") or "").splitlines() if line.strip()]
             sys.stderr.write("\n".join(words))

@@ -174,7 +174,9 @@ def _grade_one(one: Handed, assignment: Assignment, release: NotebookNode, cours
     write_text(note, json.dumps({"digest": digest, "flags": flags, "failure": failure}) + "\n")
     scores, by_hand = {}, False
     if not failure:
-        scores, _, by_hand = nbgrader_course.points(course, assignment, one.student)
+        scores, by_hand, was_by_hand = nbgrader_course.points(course, assignment, one.student)
+        if was_by_hand:
+            nbgrader_course.feedback(course, assignment, one.student, SUBMISSION_SECONDS)
     result = Graded(one.student, scores, by_hand, flags, failure, time.monotonic() - started)
     _write_feedback(result, assignment, course, out / "feedback" / f"{one.student}.html")
     return result

@@ -17,7 +17,8 @@ from dora_lab.assignments import worker
 from dora_lab.profiles import PROJECT
 
 NAMESPACES = ("--net", "--pid", "--ipc", "--fork", "--kill-child")
-ANSWERS = tuple(str(PROJECT / name) for name in ("notebooks", "dora_lab", "tests"))  # where they can be read
+# Where answers can be read: the project, its history included, but for the environment that Python runs from.
+ANSWERS = tuple(str(path) for path in PROJECT.iterdir() if not Path(sys.prefix).is_relative_to(path))
 
 
 @functools.cache
