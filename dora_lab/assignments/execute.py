@@ -61,7 +61,7 @@ class IsolatedExecute(Execute):
         if role["run"] == "test":
             return prelude + cell.source
         if role["run"] == "both":
-            return f"{prelude}_ = _submission.run({cell.source!r}, quiet=True)\n{cell.source}"
+            return f"{prelude}{cell.source}\n_ = _submission.run({cell.source!r}, quiet=True)"
         return f"{prelude}_submission.bind({cell.source!r}, {list(role['names'])!r}, globals())"
 
 

@@ -74,27 +74,27 @@ class Submission:
         self._end()
         shutil.rmtree(self.home, ignore_errors=True)
 
-    def run(self, source: str, quiet: bool = False) -> dict[str, object]:
-        """Run one cell; the public names that it defined or changed: stand-ins for what can be called, else values.
+    def run(self, source: str, names: Iterable[str] = (), quiet: bool = False) -> dict[str, object]:
+        """Run one cell; what `names` are then, those that are defined: stand-ins for what can be called, else values.
 
         Raises SubmissionError naming the student's exception, TimeLimit, WorkerDied. What the cell printed is printed,
         unless `quiet`.
         """
-        reply = self._ask({"run": source}, quiet)
+        reply = self._ask({"run": source, "names": list(names)}, quiet)
         self.done.append(source)
         for picture in reply["figures"]:
             from IPython.display import Image, display
 
             display(Image(base64.b64decode(picture), format="png"))
-        names = reply["names"]
-        return {name: Function(self, name) if "function" in it else decode(it["value"]) for name, it in names.items()}
+        found = reply["names"].items()
+        return {name: Function(self, name) if "function" in it else decode(it["value"]) for name, it in found}
 
     def bind(self, source: str, names: Iterable[str], namespace: dict[str, object]) -> None:
         """Run a cell and put `names`, and nothing else of it, into `namespace`; a cell that fails leaves none there."""
         for name in names:
             namespace.pop(name, None)
-        defined = self.run(source)
-        namespace.update({name: defined[name] for name in names if name in defined})
+        found = self.run(source, names)
+        namespace.update({name: found[name] for name in names if name in found})
 
     def _ask(self, request: dict, quiet: bool = False) -> dict:
         if self.process is None:
@@ -110,9 +110,8 @@ class Submission:
     def _begin(self) -> None:
         self.process = sandbox.start(Path(self.home), self.memory_bytes, self.uses_lab, self.hidden)
         self.unread = b""
-        self._exchange({"run": ""}, STARTING_SECONDS)
-        for source in self.done:
-            self._exchange({"run": source}, self.seconds)
+        for source in ("", *self.done):
+            self._exchange({"run": source, "names": []}, self.seconds if source else STARTING_SECONDS)
 
     def _exchange(self, request: dict, seconds: float) -> dict:
         try:

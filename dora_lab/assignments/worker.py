@@ -3,7 +3,7 @@
 It stands alone (standard library and torch) and is started by `sandbox.start`. One JSON line in is a request, one JSON
 line out is the reply:
 
-    {"run": source}                                  run a cell; its public names, what it printed, open figures
+    {"run": source, "names": [...]}                  run a cell; what those names are then, output, open figures
     {"call": name, "args": [...], "tracked": [...]}  call a function; the arguments numbered in `tracked` want gradients
     {"backward": call, "gradients": [...]}           gradients of an earlier call's tracked arguments
 
@@ -146,13 +146,13 @@ class Worker:
         printed = io.StringIO()
         with redirect_stdout(printed), redirect_stderr(printed):
             try:
-                reply = self._run(request["run"]) if "run" in request else self._calculate(request)
+                run = "run" in request
+                reply = self._run(request["run"], request["names"]) if run else self._calculate(request)
             except BaseException as problem:  # SystemExit and KeyboardInterrupt are a student's to raise, too
                 reply = {"error": f"{problem}"[:500], "kind": type(problem).__name__, "line": _line_of(problem)}
         return reply | {"printed": printed.getvalue()[-5000:]}
 
-    def _run(self, source: str) -> dict:
-        before = dict(self.namespace)
+    def _run(self, source: str, wanted: list[str]) -> dict:
         try:
             tree = ast.parse(source, "submission")
         except SyntaxError:  # notebook commands, %matplotlib or !ls, are no Python and are left out
@@ -164,10 +164,8 @@ class Worker:
         )
         if shown is not None:
             print(repr(shown))
-        names = {}
-        for name, value in self.namespace.items():
-            if not name.startswith("_") and before.get(name, before) is not value:
-                names[name] = {"function": True} if callable(value) else {"value": encode(value)}
+        found = {name: self.namespace[name] for name in wanted if name in self.namespace}
+        names = {n: {"function": True} if callable(value) else {"value": encode(value)} for n, value in found.items()}
         return {"names": names, "figures": _open_figures()}
 
     def _calculate(self, request: dict) -> dict:
@@ -236,6 +234,8 @@ def main(folder: str, memory_bytes: int, uses_lab: bool, hidden: list[str]) -> N
             resource.setrlimit(kind, (limit, limit))
         except (ValueError, OSError):  # macOS knows no RLIMIT_AS
             pass
+    if uses_lab:  # -I leaves out PYTHONPATH
+        sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     _guard(folder, [*hidden, "/proc", "/sys"], () if uses_lab else BLOCKED)
     worker = Worker()
     for line in requests:
