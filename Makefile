@@ -2,6 +2,7 @@
 #   make reproduce              the results table and figures again (PROFILE=mini SEEDS=3)
 #   make test, make test-all    the quick tests; all but those that need a GPU (`make test-gpu`)
 #   make book                   every chapter run and set as static HTML: build/book/html/index.html
+#   make assignments            the students' copies of the four assignments: build/assignments
 #   make lint, make notebooks-strip, make clean
 # A machine without a GPU is served best by PyTorch's small CPU wheels: install torch from them into .venv first.
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: setup reproduce test test-all test-gpu book lint notebooks-strip clean
+.PHONY: setup reproduce test test-all test-gpu book assignments lint notebooks-strip clean
 
 setup: $(STAMP)
 
@@ -27,7 +28,7 @@ reproduce: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) -m "not gpu and not slow"
 
-test-all: $(STAMP)
+test-all: .venv/.grading
 	$(PYTEST) -m "not gpu"
 
 test-gpu: $(STAMP)
@@ -36,8 +37,11 @@ test-gpu: $(STAMP)
 book: .venv/.book
 	$(BIN)/dora-lab book build/book
 
-.venv/.book: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book]'
+assignments: $(STAMP)
+	@for number in 01 02 03 04; do $(BIN)/dora-lab assignment build $$number --out build/assignments || exit 1; done
+
+.venv/.book .venv/.grading: .venv/.%: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
 lint: $(STAMP)

@@ -5,7 +5,11 @@ from typing import Annotated
 
 import typer
 
+from dora_lab.assignment_cli import app as assignment_app
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+app.add_typer(assignment_app, name="assignment")
 
 ProfileOption = Annotated[str, typer.Option(help="Name of a profile, or path of a .yaml file.")]
 RunsOption = Annotated[Path, typer.Option(help="Where runs are kept.")]

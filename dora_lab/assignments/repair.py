@@ -1,0 +1,177 @@
+"""Puts a submission back into the shape of what was handed out, cell by cell, by id.
+
+Tests and set-up come from the release, whatever the student's file has there; only what stands in solution cells, and
+cells of the student's own, is taken from the submission. Everything that had to be mended is told in flags.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from dora_lab.assignments.build import HIDDEN, marking
+
+LARGEST_FILE = 30 * 2**20
+ROLE = "course"  # metadata of a repaired cell, read by `execute`: {"run": "both" | "test" | "submission", "names": […]}
+
+
+def read_submission(path: Path) -> NotebookNode:
+    """The notebook as handed in. Raises ValueError saying why it cannot be read as one."""
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(
+            f"{path.name} has {path.stat().st_size / 2**20:.0f} MiB: at most {LARGEST_FILE // 2**20} are read"
+        )
+    try:
+        notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+        for cell in notebook.cells:
+            if not (
+                isinstance(cell.source, str) and isinstance(cell.metadata, dict) and isinstance(cell.cell_type, str)
+            ):
+                raise ValueError("a cell without source, metadata or type")
+    except Exception as error:  # nbformat raises whatever a broken file leads it to
+        words = " ".join(f"{type(error).__name__}: {error!s:.120}".split())
+        raise ValueError(f"{path.name} is not a notebook ({words})") from None
+    return notebook
+
+
+def repair(submitted: NotebookNode, release: NotebookNode, student_id: str) -> tuple[NotebookNode, list[str]]:
+    """(the notebook to grade, flags). release: what `build.stubbed` gives; its student_id is overwritten."""
+    flags: list[str] = []
+    places, found = _matched(submitted, release, flags)
+    own = [[] for _ in range(len(release.cells) + 1)]  # the student's own cells, by the release cell they follow
+    last = -1
+    for position, cell in enumerate(submitted.cells):
+        if position in places:
+            last = max(last, places[position])
+        elif cell.source.strip():
+            own[last + 1].append(_own_cell(cell))
+    result = nbformat.from_dict(release)
+    cells = list(own[0])
+    for index, cell in enumerate(result.cells):
+        name = marking(cell).get("grade_id")
+        theirs = found.get(index)
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = _with_student(cell.source, theirs, student_id, flags)
+            cell.metadata[ROLE] = {"run": "both"}
+        elif name is None:
+            pass  # text of the assignment
+        elif marking(cell)["solution"]:
+            _take_answer(cell, theirs, flags)
+        else:
+            if theirs is None:
+                flags.append(f"{name}: deleted, put back")
+            elif _plain(theirs.source) != _plain(HIDDEN.sub("", cell.source)):
+                flags.append(f"{name}: edited, put back")
+            cell.metadata[ROLE] = {"run": "test" if marking(cell)["grade"] else "both"}
+        cells += [cell, *own[index + 1]]
+    result.cells = cells
+    for position, cell in enumerate(cells):
+        cell.id = f"cell-{position}"
+    return result, flags
+
+
+def _matched(submitted: NotebookNode, release: NotebookNode, flags: list[str]) -> tuple[dict[int, int], dict]:
+    """(position in the submission -> index in the release; index in the release -> the submitted cell that counts)."""
+    by_name = {marking(c)["grade_id"]: i for i, c in enumerate(release.cells) if marking(c)}
+    by_id = {c.id: i for i, c in enumerate(release.cells)}
+    claims: dict[int, list[int]] = {}
+    for position, cell in enumerate(submitted.cells):
+        mark = cell.metadata.get("nbgrader")
+        grade_id = mark.get("grade_id") if isinstance(mark, dict) else None
+        index = by_name.get(grade_id) if isinstance(grade_id, str) else None
+        if index is None:
+            index = by_id.get(cell.get("id"))
+            if index is not None and marking(release.cells[index]):
+                flags.append(f"{marking(release.cells[index])['grade_id']}: metadata changed, found by its cell id")
+        if index is not None:
+            claims.setdefault(index, []).append(position)
+    taken = {position for positions in claims.values() for position in positions}
+    for index, cell in enumerate(release.cells):  # answers whose cell lost every id: known by what they define
+        names = names_of(cell) if marking(cell).get("solution") else []
+        if names and index not in claims:
+            for position, theirs in enumerate(submitted.cells):
+                if position not in taken and theirs.cell_type == "code" and set(names) <= _defined(theirs.source):
+                    claims[index] = [position]
+                    taken.add(position)
+                    flags.append(f"{marking(cell)['grade_id']}: metadata lost, found by what it defines")
+                    break
+    places, found = {}, {}
+    for index, positions in claims.items():
+        cell = release.cells[index]
+        if len(positions) > 1 and marking(cell):
+            answered = [p for p in positions if _plain(submitted.cells[p].source) != _plain(cell.source)]
+            flags.append(f"{marking(cell)['grade_id']}: its id occurs {len(positions)} times, the last answer counts")
+            positions = (answered or positions)[-1:]
+        elif len(positions) > 1:
+            positions = positions[:1]
+        places[positions[0]], found[index] = index, submitted.cells[positions[0]]
+    return places, found
+
+
+def names_of(cell: NotebookNode) -> list[str]:
+    """What a solution cell is to define: the functions and names of its stub."""
+    return sorted(_defined(cell.source)) if cell.cell_type == "code" else []
+
+
+def _defined(source: str) -> set[str]:
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in tree.body:
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            names |= {target.id} if isinstance(target, ast.Name) else set()
+    return names
+
+
+def _take_answer(cell: NotebookNode, theirs: NotebookNode | None, flags: list[str]) -> None:
+    """Put the student's text into a release's solution cell; what is typed in must be literal."""
+    name = marking(cell)["grade_id"]
+    if cell.cell_type == "code":
+        cell.metadata[ROLE] = {"run": "submission", "names": names_of(cell)}
+    if theirs is None:
+        flags.append(f"{name}: deleted, counted as not answered")
+        return
+    if theirs.cell_type != cell.cell_type:
+        flags.append(f"{name}: its cell type was changed, put back")
+    if "literal" in cell.metadata.get("tags", []) and not _is_literal(theirs.source):
+        flags.append(f"{name}: computed instead of typed in, not counted")
+        cell.source = 'raise ValueError("type the numbers in: this cell may hold nothing but them")\n' + re.sub(
+            r"^", "# ", theirs.source, flags=re.M
+        )
+        return
+    cell.source = theirs.source
+
+
+def _is_literal(source: str) -> bool:
+    """Whether a cell holds nothing but assignments of literal values (or the stub's `...`)."""
+    try:
+        for node in ast.parse(source).body:
+            if not (isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) for t in node.targets)):
+                return False
+            ast.literal_eval(node.value)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _with_student(source: str, theirs: NotebookNode | None, student_id: str, flags: list[str]) -> str:
+    said = re.search(r"^student_id\s*=\s*[\"'](.*?)[\"']", theirs.source if theirs else "", re.M)
+    if said is None or not said[1].strip():
+        flags.append(f"student_id is not given: graded as {student_id}")
+    elif said[1].strip() != student_id:
+        flags.append(f"student_id is {said[1].strip()[:40]!r}: graded as {student_id}, whose file it is")
+    return re.sub(r"^student_id = .*$", lambda _: f"student_id = {student_id!r}", source, count=1, flags=re.M)
+
+
+def _own_cell(cell: NotebookNode) -> NotebookNode:
+    if cell.cell_type == "code":
+        return nbformat.v4.new_code_cell(cell.source, metadata={ROLE: {"run": "submission", "names": []}})
+    return nbformat.v4.new_markdown_cell(cell.source)
+
+
+def _plain(source: str) -> str:
+    return "\n".join(line.rstrip() for line in source.strip().splitlines())

@@ -1,0 +1,248 @@
+"""The process in which a student's code runs: it knows the student's cells and nothing of the tests.
+
+It stands alone (standard library and torch) and is started by `sandbox.start`. One JSON line in is a request, one JSON
+line out is the reply:
+
+    {"run": source, "names": [...]}                  run a cell; what those names are then, output, open figures
+    {"call": name, "args": [...], "tracked": [...]}  call a function; the arguments numbered in `tracked` want gradients
+    {"backward": call, "gradients": [...]}           gradients of an earlier call's tracked arguments
+
+Values travel as JSON (`encode`), so that nothing which comes back can run code or pose as something else.
+"""
+
+import ast
+import base64
+import builtins
+import io
+import json
+import os
+import re
+import resource
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+
+import numpy  # noqa: F401 (before the guard: it may ask the system for its name)
+import torch
+
+KEPT_CALLS = 16  # graphs kept for a later backward
+LARGEST = 1_000_000  # numbers in one value that may travel
+BLOCKED = ("peft", "dora_lab", "transformers", "accelerate", "torchtune", "loralib", "unsloth", "bitsandbytes")
+FORBIDDEN = (  # audit events, https://docs.python.org/3/library/audit_events.html
+    *(
+        "socket.",
+        "subprocess.",
+        "os.system",
+        "os.exec",
+        "os.fork",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.kill",
+        "os.putenv",
+    ),
+    *("ctypes.", "pty.", "signal.", "ftplib.", "http.", "urllib.", "smtplib.", "sqlite3.", "webbrowser."),
+)
+CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+CHANGES += ("os.chown", "shutil.", "os.utime", "os.setxattr")
+
+
+def encode(value: object) -> object:
+    """A value as JSON: numbers, texts, None, lists, tuples, dicts with text keys, tensors and arrays.
+
+    Anything else becomes {"other": name of its type}. Raises ValueError for a tensor of more than LARGEST numbers.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.numel() > LARGEST:
+            raise ValueError(f"a tensor of {value.numel():,} numbers is too large: at most {LARGEST:,} are compared")
+        plain = value.detach().cpu()
+        flat = (
+            plain.reshape(-1).to(torch.complex128).real.tolist() if plain.is_complex() else plain.reshape(-1).tolist()
+        )
+        return {"tensor": str(plain.dtype).removeprefix("torch."), "shape": list(plain.shape), "values": flat}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, tuple | list):
+        return {"tuple" if isinstance(value, tuple) else "list": [encode(part) for part in value]}
+    if isinstance(value, dict) and all(type(key) is str for key in value):
+        return {"dict": {key: encode(part) for key, part in value.items()}}
+    if type(value).__module__ == "numpy":
+        return encode(torch.as_tensor(value)) if getattr(value, "ndim", 0) else encode(value.item())
+    return {"other": type(value).__name__}
+
+
+def decode(value: object) -> object:
+    """What `encode` wrote; {"other": …} comes back as `Other`. Raises ValueError for what `encode` never writes."""
+    if not isinstance(value, dict):
+        if isinstance(value, list):
+            raise ValueError("a bare list is no encoded value")
+        return value
+    if "tensor" in value:
+        dtype = getattr(torch, str(value["tensor"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"unknown tensor type {value['tensor']!r}")
+        return torch.tensor(value["values"], dtype=dtype).reshape(value["shape"])
+    if "tuple" in value or "list" in value:
+        parts = [decode(part) for part in value.get("tuple", value.get("list"))]
+        return tuple(parts) if "tuple" in value else parts
+    if "dict" in value:
+        return {str(key): decode(part) for key, part in value["dict"].items()}
+    return Other(str(value.get("other")))
+
+
+class Other:
+    """Stands for a value that cannot be compared, by the name of its type."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return f"<a {self.kind}>"
+
+
+def _guard(folder: str, hidden: list[str], blocked: tuple[str, ...]) -> None:
+    """Refuse, for good, what a solution never needs: adapter libraries, processes, sockets, signals, reading below a
+    `hidden` path, changing anything outside `folder`. An audit hook cannot be taken out again from Python.
+    """
+    inside = os.path.realpath(folder) + os.sep
+    closed = tuple(os.path.realpath(path) + os.sep for path in hidden)
+
+    def resolved(path: object) -> str:
+        return inside if isinstance(path, int) else os.path.realpath(os.fsdecode(path))
+
+    def outside(path: object) -> bool:
+        return not (resolved(path) + os.sep).startswith(inside)
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "import":
+            if arguments[0].partition(".")[0] in blocked:
+                raise ImportError(f"{arguments[0]} may not be imported in a submission: write it in plain PyTorch")
+        elif event in ("open", "os.listdir", "os.scandir"):
+            path, mode, flags = (*arguments, None, None)[:3]
+            if path is None or path == os.devnull:
+                return
+            writes = any(c in (mode or "") for c in "wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR)
+            if writes and outside(path):
+                raise PermissionError(f"a submission may write only in its own folder, not to {path}")
+            if not isinstance(path, int) and (resolved(path) + os.sep).startswith(closed):
+                raise PermissionError(f"a submission may not read {path}")
+        elif event.startswith(FORBIDDEN):
+            raise PermissionError(f"a submission may not use {event}")
+        elif event.startswith(CHANGES) and any(outside(p) for p in arguments if isinstance(p, str | bytes)):
+            raise PermissionError(f"a submission may change only files in its own folder ({event})")
+
+    sys.addaudithook(hook)
+
+
+class Worker:
+    """Runs cells in one namespace and calls what they define."""
+
+    def __init__(self) -> None:
+        self.namespace: dict = {"__name__": "__main__", "__builtins__": builtins}
+        self.calls: dict[int, tuple[list, list]] = {}  # call -> (outputs with their graph, tracked arguments)
+        self.count = 0
+
+    def answer(self, request: dict) -> dict:
+        """The reply to one request; an exception of the student's code becomes {"error", "kind", "line"}."""
+        printed = io.StringIO()
+        with redirect_stdout(printed), redirect_stderr(printed):
+            try:
+                run = "run" in request
+                reply = self._run(request["run"], request["names"]) if run else self._calculate(request)
+            except BaseException as problem:  # SystemExit and KeyboardInterrupt are a student's to raise, too
+                reply = {"error": f"{problem}"[:500], "kind": type(problem).__name__, "line": _line_of(problem)}
+        return reply | {"printed": printed.getvalue()[-5000:]}
+
+    def _run(self, source: str, wanted: list[str]) -> dict:
+        try:
+            tree = ast.parse(source, "submission")
+        except SyntaxError:  # notebook commands, %matplotlib or !ls, are no Python and are left out
+            tree = ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M), "submission")
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, "submission", "exec"), self.namespace)
+        shown = (
+            None if last is None else eval(compile(ast.Expression(last.value), "submission", "eval"), self.namespace)
+        )
+        if shown is not None:
+            print(repr(shown))
+        found = {name: self.namespace[name] for name in wanted if name in self.namespace}
+        names = {n: {"function": True} if callable(value) else {"value": encode(value)} for n, value in found.items()}
+        return {"names": names, "figures": _open_figures()}
+
+    def _calculate(self, request: dict) -> dict:
+        if "backward" in request:
+            outputs, leaves = self.calls[request["backward"]]
+            weights = [decode(g) for g in request["gradients"]]
+            gradients = torch.autograd.grad(outputs, leaves, weights, allow_unused=True, retain_graph=True)
+            return {"gradients": [encode(g) for g in gradients]}
+        args = [decode(arg) for arg in request["args"]]
+        before = [arg.clone() if isinstance(arg, torch.Tensor) else None for arg in args]
+        leaves = [args[i].requires_grad_() for i in request["tracked"]]
+        value = self.namespace[request["call"]](*args)
+        self.count += 1
+        parts = value if isinstance(value, tuple | list) else [value]
+        live = [i for i, part in enumerate(parts) if isinstance(part, torch.Tensor) and part.requires_grad]
+        if live and leaves:
+            self.calls[self.count] = ([parts[i] for i in live], leaves)
+            self.calls.pop(self.count - KEPT_CALLS, None)
+        changed = {
+            str(i): encode(arg)
+            for i, arg in enumerate(args)
+            if before[i] is not None and not (arg.shape == before[i].shape and torch.equal(arg, before[i]))
+        }
+        return {"value": encode(value), "call": self.count, "live": live if leaves else [], "changed": changed}
+
+
+def _open_figures() -> list[str]:
+    """What matplotlib has open, as PNG in base64; closed afterwards."""
+    plt = sys.modules.get("matplotlib.pyplot")
+    figures = []
+    for number in plt.get_fignums()[:4] if plt else ():
+        picture = io.BytesIO()
+        plt.figure(number).savefig(picture, format="png", dpi=80)
+        figures.append(base64.b64encode(picture.getvalue()).decode())
+    if plt:
+        plt.close("all")
+    return figures
+
+
+def _line_of(problem: BaseException) -> str:
+    if isinstance(problem, SyntaxError):
+        return f"line {problem.lineno}"
+    frames = [frame for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == "submission"]
+    return f"line {frames[-1].lineno}" if frames else ""
+
+
+def main(folder: str, memory_bytes: int, uses_lab: bool, hidden: list[str]) -> None:
+    """Serve requests from standard input until it ends.
+
+    memory_bytes: what may be allocated from now on (where the system can limit it); uses_lab: whether adapter libraries
+    may be imported; hidden: folders that a submission may not read.
+    """
+    replies = os.fdopen(os.dup(1), "w")
+    requests = os.fdopen(os.dup(0), "r")
+    quiet = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):  # what native code prints must not be taken for a reply
+        os.dup2(quiet, stream)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    used = (
+        os.sysconf("SC_PAGE_SIZE") * int(open("/proc/self/statm").read().split()[0]) if sys.platform == "linux" else 0
+    )
+    limits = {resource.RLIMIT_AS: used + memory_bytes, resource.RLIMIT_FSIZE: 64 * 2**20, resource.RLIMIT_CPU: 1800}
+    for kind, limit in limits.items():
+        try:
+            resource.setrlimit(kind, (limit, limit))
+        except (ValueError, OSError):  # macOS knows no RLIMIT_AS
+            pass
+    if uses_lab:  # -I leaves out PYTHONPATH
+        sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    _guard(folder, [*hidden, "/proc", "/sys"], () if uses_lab else BLOCKED)
+    worker = Worker()
+    for line in requests:
+        reply = json.dumps(worker.answer(json.loads(line)))
+        replies.write(reply + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "uses-lab", sys.argv[4:])

@@ -1,0 +1,567 @@
+"""Assignments from end to end: what students get, what is done with what comes back, and what it is given."""
+
+import csv
+import importlib.util
+import json
+import shutil
+import sys
+
+import nbformat
+import pytest
+import torch
+
+from dora_lab.assignments.build import SOLUTION, build, cut, is_test, marking, points_of, stubbed, student_copy
+from dora_lab.assignments.catalogue import ASSIGNMENTS, find_assignment
+from dora_lab.assignments.experiment import examine, own_seeds, paired
+from dora_lab.assignments.grade import collect, grade, which_assignment
+from dora_lab.assignments.isolation import Function, Submission, SubmissionError, TimeLimit, WorkerDied
+from dora_lab.assignments.repair import read_submission, repair
+from dora_lab.assignments.samples import answers, filled, write_samples
+from dora_lab.pipeline import RECORDED
+
+NUMBERS = [assignment.number for assignment in ASSIGNMENTS]
+needs_nbgrader = pytest.mark.skipif(
+    importlib.util.find_spec("nbgrader") is None, reason="nbgrader is not installed: pip install -e '.[grading]'"
+)
+
+
+@pytest.fixture(scope="module")
+def notebooks():
+    return {number: cut(find_assignment(number)) for number in NUMBERS}
+
+
+def code_of(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def solution_lines(notebook):
+    """Every line that stands between BEGIN and END SOLUTION or in an answer graded by hand, and says something."""
+    regions = []
+    for cell in notebook.cells:
+        if marking(cell).get("solution"):
+            regions += [cell.source] if marking(cell)["grade"] else [m["body"] for m in SOLUTION.finditer(cell.source)]
+    lines = [line.split("  #")[0].strip() for region in regions for line in region.splitlines()]
+    return {line for line in lines if len(line) > 8 and not line.startswith("import ")}
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_no_line_of_a_solution_or_hidden_test_is_in_what_students_get(number, notebooks, tmp_path):
+    build(find_assignment(number), tmp_path)
+    solved = notebooks[number]
+    lines = solution_lines(solved)
+    assert len(lines) >= 5
+    hidden = {
+        line.strip()
+        for cell in solved.cells
+        if is_test(cell)
+        for line in cell.source.split("### BEGIN HIDDEN TESTS")[1].split("### END HIDDEN TESTS")[0].splitlines()
+        if len(line.strip()) > 12
+    }
+    visible = {line.strip() for cell in solved.cells if is_test(cell) for line in cell.source.splitlines()}
+    assert hidden <= visible
+    told = "\n".join(cell.source for cell in solved.cells if cell.cell_type == "markdown" and not marking(cell))
+    secret = {line for line in lines | hidden if line not in told}
+    for path in (p for p in tmp_path.rglob("*") if p.is_file()):
+        text = path.read_text(encoding="utf-8")
+        found = nbformat.reads(text, as_version=4)
+        flat = "\n".join([text, *(cell.source for cell in found.cells), json.dumps(found.metadata)])
+        assert [line for line in secret if line in flat] == []
+        assert not any(mark in flat for mark in ("BEGIN SOLUTION", "HIDDEN TESTS"))
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_students_copy_has_points_ids_stubs_and_no_outputs(number, notebooks):
+    copy = student_copy(notebooks[number])
+    nbformat.validate(copy)
+    assert points_of(copy) == points_of(notebooks[number]) and sum(points_of(copy).values()) == 20
+    for cell in copy.cells:
+        assert set(cell) <= {"cell_type", "id", "metadata", "source", "outputs", "execution_count"}
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+        if marking(cell):
+            assert marking(cell)["schema_version"] == 3 and cell.metadata.deletable is False
+            assert cell.metadata.get("editable", True) is not marking(cell)["locked"]
+    stubs = [cell.source for cell in copy.cells if marking(cell).get("solution") and cell.cell_type == "code"]
+    assert all("NotImplementedError" in stub or " = ..." in stub or "figure here" in stub for stub in stubs)
+
+
+@pytest.mark.parametrize("number", ["01", "02", "03"])
+def test_a_students_copy_runs_to_its_first_exercise_on_torch_alone(number, notebooks, monkeypatch):
+    for name in ("nbgrader", "dora_lab", "peft"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    namespace = {}
+    for cell in code_of(student_copy(notebooks[number])):
+        if is_test(cell):
+            with pytest.raises(NotImplementedError, match="Return"):
+                exec(cell.source, namespace)
+            return
+        exec(cell.source, namespace)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_solved_copy_passes_its_own_tests(number, notebooks):
+    student = "lesson" if number == "04" else "ada"
+    given = answers(notebooks[number], student, runs_dir="")
+    namespace = {}
+    for cell in code_of(filled(notebooks[number], student, given)):
+        if not marking(cell).get("solution") or not marking(cell)["grade"]:
+            exec(cell.source, namespace)
+    assert is_test(code_of(notebooks[number])[-1]) or number == "04"
+
+
+def test_answers_differ_between_students(notebooks):
+    for number in ("01", "02", "03"):
+        own = {answers(notebooks[number], student)[f"a{number}-numbers"] for student in ("ada", "alan", "grace")}
+        assert len(own) == 3
+    assert own_seeds("ada") != own_seeds("alan") and len(set(own_seeds("ada"))) == 3
+
+
+def test_a_chapter_whose_cells_are_marked_wrongly_is_refused(notebooks, monkeypatch, tmp_path):
+    chapter = nbformat.read(find_assignment("03").source, as_version=4)
+    test = next(cell for cell in chapter.cells if is_test(cell))
+    test.source = test.source.replace("HIDDEN", "OPEN")
+    broken = tmp_path / "chapter.ipynb"
+    nbformat.write(chapter, broken)
+    monkeypatch.setattr(type(find_assignment("03")), "source", broken)
+    with pytest.raises(ValueError, match="a03-start-test has no hidden tests"):
+        cut(find_assignment("03"))
+
+
+# What comes back
+
+
+def handed(notebooks, number="03", student="ada"):
+    return filled(notebooks[number], student, answers(notebooks[number], student))
+
+
+def by_id(notebook, grade_id):
+    return next(cell for cell in notebook.cells if marking(cell).get("grade_id") == grade_id)
+
+
+def mended(notebooks, submission):
+    return repair(submission, stubbed(notebooks["03"]), "ada")
+
+
+def test_an_untouched_submission_has_no_flags_and_keeps_its_answers(notebooks):
+    submission = handed(notebooks)
+    repaired, flags = mended(notebooks, submission)
+    assert flags == [] and len(repaired.cells) == len(submission.cells)
+    for cell in repaired.cells:
+        if marking(cell).get("solution"):
+            assert cell.source == by_id(submission, marking(cell)["grade_id"]).source
+
+
+def _delete(submission):
+    submission.cells.remove(by_id(submission, "a03-forward-test"))
+
+
+def _edit(submission):
+    by_id(submission, "a03-forward-test").source = "assert True"
+
+
+def _points(submission):
+    by_id(submission, "a03-forward-test").metadata.nbgrader.points = 800
+
+
+def _lose_metadata(submission):
+    by_id(submission, "a03-forward").metadata = {}
+
+
+def _lose_everything(submission):
+    for position, cell in enumerate(submission.cells):
+        cell.metadata, cell.id = nbformat.from_dict({}), f"c{position}"
+
+
+def _duplicate(submission):
+    cell = by_id(submission, "a03-forward")
+    place = submission.cells.index(cell)
+    stub = nbformat.from_dict(cell)
+    stub.source = "def dora_forward(*args):\n    return None\n"
+    submission.cells.insert(place, stub)
+
+
+def _other_types(submission):
+    by_id(submission, "a03-forward").cell_type = "raw"
+    by_id(submission, "a03-merge-test").metadata.nbgrader.grade_id = ["no", "text"]
+
+
+def _unlock(submission):
+    for cell in submission.cells:
+        if marking(cell):
+            marking(cell).update(locked=False, grade=False, solution=True)
+
+
+DAMAGE = {
+    "a test deleted": (_delete, "a03-forward-test: deleted, put back"),
+    "a test edited": (_edit, "a03-forward-test: edited, put back"),
+    "points changed": (_points, None),
+    "an answer without metadata": (_lose_metadata, "a03-forward: metadata changed, found by its cell id"),
+    "no metadata at all": (_lose_everything, "a03-forward: metadata lost, found by what it defines"),
+    "an id twice": (_duplicate, "a03-forward: its id occurs 2 times, the last answer counts"),
+    "cell types and ids of other kinds": (_other_types, "a03-forward: its cell type was changed, put back"),
+    "everything unlocked": (_unlock, None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_mended_from_the_release_and_flagged(damage, notebooks):
+    change, expected = DAMAGE[damage]
+    submission = handed(notebooks)
+    whole, _ = mended(notebooks, submission)
+    change(submission)
+    repaired, flags = mended(notebooks, nbformat.reads(json.dumps(submission), as_version=4))
+    assert expected is None or expected in flags
+    for grade_id in (marking(cell)["grade_id"] for cell in whole.cells if marking(cell)):
+        ours, theirs = by_id(whole, grade_id), by_id(repaired, grade_id)
+        assert (ours.source, ours.cell_type, marking(ours)) == (theirs.source, theirs.cell_type, marking(theirs))
+
+
+def test_a_deleted_answer_counts_as_not_answered(notebooks):
+    submission = handed(notebooks)
+    submission.cells.remove(by_id(submission, "a03-merge"))
+    repaired, flags = mended(notebooks, submission)
+    assert flags == ["a03-merge: deleted, counted as not answered"]
+    assert "NotImplementedError" in by_id(repaired, "a03-merge").source
+
+
+def test_cells_of_ones_own_stay_in_their_place_and_are_not_trusted(notebooks):
+    submission = handed(notebooks)
+    place = submission.cells.index(by_id(submission, "a03-forward"))
+    own = nbformat.v4.new_code_cell("helper = 3", metadata={"course": {"run": "both"}, "tags": ["parameters"]})
+    submission.cells.insert(place, own)
+    repaired, flags = mended(notebooks, submission)
+    following = repaired.cells.index(by_id(repaired, "a03-forward"))
+    before = [cell for cell in repaired.cells[:following] if cell.source == "helper = 3"]
+    assert flags == [] and len(before) == 1 and before[0].metadata == {"course": {"run": "submission", "names": []}}
+
+
+@pytest.mark.parametrize(("said", "flagged"), [("ada", None), ("", "is not given"), ("alan", "is 'alan'")])
+def test_a_submission_is_graded_as_whose_it_is(said, flagged, notebooks):
+    submission = handed(notebooks)
+    submission.cells[1].source = f'student_id = "{said}"'
+    repaired, flags = mended(notebooks, submission)
+    assert repaired.cells[1].source == "student_id = 'ada'"
+    assert flags == [] if flagged is None else flagged in flags[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{nope", "[]", '{"cells": 3}', '{"nbformat": 4, "cells": [{"source": 1}]}', "\x00"]
+)
+def test_what_is_no_notebook_is_named(text, tmp_path):
+    path = tmp_path / "x.ipynb"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="x.ipynb is not a notebook"):
+        read_submission(path)
+
+
+def test_submissions_are_found_by_folder_or_file(tmp_path, notebooks):
+    for place in ("ada/03_dora_from_scratch.ipynb", "ada/a_draft.ipynb", "alan.ipynb", "b/.ipynb_checkpoints/x.ipynb"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(student_copy(notebooks["03"]), tmp_path / place)
+    (tmp_path / "=1+1 [x]").mkdir()
+    shutil.copy(tmp_path / "alan.ipynb", tmp_path / "=1+1 [x]" / "hand_in.ipynb")
+    found = collect(tmp_path)
+    assert [(one.student, one.notebook.name) for one in found] == [
+        ("_1_1__x_", "hand_in.ipynb"),
+        ("ada", "03_dora_from_scratch.ipynb"),
+        ("alan", "alan.ipynb"),
+    ]
+    assert which_assignment(found).number == "03"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no notebooks in"):
+        collect(tmp_path / "empty")
+
+
+# A student's code runs apart
+
+
+@pytest.fixture(scope="module")
+def submission():
+    with Submission(seconds=20, memory_bytes=2**29) as one:
+        one.run("import torch")
+        yield one
+
+
+REFUSED = {
+    "the network": ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "socket"),
+    "a process": ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen"),
+    "a shell": ("import os\nos.system('true')", "os.system"),
+    "another folder's file": ("open('/tmp/dora-lab-was-here', 'w')", "own folder"),
+    "removing a file": ("import os\nos.remove('/etc/hostname')", "own folder"),
+    "the chapters": (f"open({str(find_assignment('03').source)!r}).read()", "may not read"),
+    "other processes": ("import os\nos.listdir('/proc')", "may not read"),
+    "native code": ("import ctypes\nctypes.CDLL(None)", "may not use ctypes"),
+    "PEFT": ("import importlib\nimportlib.import_module('peft.tuners')", "may not be imported"),
+    "too much memory": ("x = torch.zeros(2**30)", "alloc"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_submission_is_refused(what, submission):
+    source, words = REFUSED[what]
+    with pytest.raises(SubmissionError, match=words):
+        submission.run(source)
+
+
+def test_a_submission_may_use_its_own_folder_and_notebook_commands(submission, capsys):
+    names = submission.run(
+        "%matplotlib inline\nopen('mine.txt', 'w').write('ok')\nread = open('mine.txt').read()\nread"
+    )
+    assert names == {"read": "ok"} and capsys.readouterr().out == "'ok'\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"), [("while True: pass", TimeLimit), ("import os\nos._exit(0)", WorkerDied)]
+)
+def test_what_ends_the_worker_costs_its_own_cell_alone(source, problem):
+    with Submission(seconds=2) as submission:
+        submission.run("def double(x):\n    return 2 * x")
+        with pytest.raises(problem):
+            submission.run(source)
+        assert Function(submission, "double")(4) == 8
+
+
+def test_a_stand_in_gives_the_functions_values_gradients_and_changes(submission):
+    source = "def f(x, m, k):\n    y = m * x**k\n    return y, x.detach().sum(), 'text', [None, (1, True)]\n\n"
+    submission.run(source + "def change(x):\n    x.zero_()\n    return object()\n")
+    x, m = (torch.randn(3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y, total, *rest = Function(submission, "f")(x, m, 3)
+    assert torch.equal(y, m * x**3) and total == x.sum() and rest == ["text", [None, (1, True)]]
+    upstream = torch.randn_like(y)
+    expected = torch.autograd.grad((m * x**3), [x, m], upstream)
+    assert all(torch.allclose(a, b) for a, b in zip(torch.autograd.grad(y, [x, m], upstream), expected, strict=True))
+    plain = torch.ones(2)
+    assert repr(Function(submission, "change")(plain)) == "<a object>" and not plain.any()
+
+
+def test_a_cell_defines_only_what_it_was_asked_for(submission):
+    namespace = {"close": len, "torch": torch, "f": "an older one"}
+    submission.bind("close = torch = print\n\n\ndef f(): return 1\n", ["f"], namespace)
+    assert namespace["close"] is len and namespace["torch"] is torch and namespace["f"]() == 1
+    with pytest.raises(SubmissionError, match="ZeroDivisionError: division by zero .line 2 of the cell"):
+        submission.bind("x = 1\n1 / 0", ["f"], namespace)
+    assert "f" not in namespace
+    submission.run("import torch")
+
+
+# Assignment 04 reads records
+
+
+@pytest.fixture
+def runs(tmp_path):
+    folder = tmp_path / "mini"
+    folder.mkdir()
+    for pattern in ("winogrande-lora-r[12]-s[0-2]-*", "winogrande-dora-r2-s[0-2]-*", "boolq-*-r2-s[0-2]-*"):
+        for path in (RECORDED / "mini").glob(pattern):
+            shutil.copytree(path, folder / path.name)
+    return folder
+
+
+def arm(folder, kind):
+    return sorted(path.name for path in folder.glob(f"{kind}-s*"))
+
+
+def _record(folder, run_id, **values):
+    path = folder / run_id / "record.json"
+    record = json.loads(path.read_text())
+    for key, value in values.items():
+        record["spec" if key in record["spec"] else "result"][key] = value
+    path.write_text(json.dumps(record))
+
+
+def _first_rows(folder, run_id, count=None, **values):
+    path = folder / run_id / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    wrong = next(row for row in rows if row["prediction"] != row["gold"])
+    wrong.update({key: value(wrong) for key, value in values.items()})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+
+
+def _two(folder):
+    return {"LoRA": arm(folder, "winogrande-lora-r2"), "DoRA": arm(folder, "winogrande-dora-r2")}
+
+
+SOUND = {
+    "two methods": _two,
+    "two ranks": lambda f: {"1": arm(f, "winogrande-lora-r1"), "2": arm(f, "winogrande-lora-r2")},
+    "another task": lambda f: {"a": arm(f, "boolq-lora-r2"), "b": arm(f, "boolq-dora-r2")},
+    "in another order": lambda f: dict(reversed([(k, v[::-1]) for k, v in _two(f).items()])),
+    "as tuples": lambda f: {name: tuple(ids) for name, ids in _two(f).items()},
+}
+UNSOUND = {
+    "one arm": (lambda f: {"LoRA": arm(f, "winogrande-lora-r2")}, "two arms"),
+    "a list": (lambda f: list(_two(f).values()), "two arms"),
+    "arms that are no lists": (lambda f: dict.fromkeys(("a", "b"), "winogrande-lora-r2"), "list of run ids"),
+    "two seeds": (lambda f: {k: v[:2] for k, v in _two(f).items()}, "one run for each of your seeds"),
+    "one run three times": (lambda f: {k: v[:1] * 3 for k, v in _two(f).items()}, "one run for each of your seeds"),
+    "a mixed arm": (
+        lambda f: {"a": arm(f, "winogrande-lora-r2")[:2] + arm(f, "winogrande-lora-r1")[2:], "b": _two(f)["DoRA"]},
+        "differ in more than the seed",
+    ),
+    "two tasks": (lambda f: {"a": arm(f, "boolq-lora-r2"), "b": _two(f)["DoRA"]}, "different questions"),
+    "twice the same": (lambda f: dict.fromkeys(("a", "b"), _two(f)["DoRA"]), "the two arms are the same"),
+    "a run that is not there": (lambda f: {"a": ["winogrande-lora-r2-s0-0000000000"] * 3, "b": []}, "no finished run"),
+    "a path": (lambda f: {"a": ["../mini/" + i for i in arm(f, "boolq-lora-r2")], "b": []}, "no finished run"),
+}
+FORGED = {
+    "a better accuracy": (lambda f, r: _record(f, r, accuracy=0.999, correct=999), "does not say what its answers say"),
+    "a better accuracy alone": (lambda f, r: _record(f, r, accuracy=0.999), "does not say what its answers say"),
+    "another seed": (lambda f, r: _record(f, r, seed=1), "is of another run"),
+    "another rate": (lambda f, r: _record(f, r, learning_rate=0.1), "is of another run"),
+    "a renamed folder": (lambda f, r: ((f / r).rename(f / "x"), (f / "x").rename(f / r[:-1])), "no finished run"),
+    "answers made right": (
+        lambda f, r: _first_rows(f, r, prediction=lambda row: row["gold"]),
+        "not the one that the model found likeliest",
+    ),
+    "gold made the answer": (lambda f, r: _first_rows(f, r, gold=lambda row: row["prediction"]), "test questions"),
+    "fewer questions": (lambda f, r: _first_rows(f, r, count=900), "test questions"),
+    "likelihoods made to fit": (
+        lambda f, r: _first_rows(
+            f, r, prediction=lambda row: row["gold"], log_likelihoods=lambda row: {row["gold"]: 0.0, "x": -1.0}
+        ),
+        "does not say what its answers say",
+    ),
+    "no predictions": (lambda f, r: (f / r / "predictions.jsonl").write_text(""), "test questions"),
+    "a damaged record": (lambda f, r: (f / r / "record.json").write_text("{"), "damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", SOUND)
+def test_sound_experiments_are_accepted(kind, runs):
+    arms = SOUND[kind](runs)
+    assert examine(runs, arms, [0, 1, 2]) == ("boolq" if kind == "another task" else "winogrande")
+    difference, discordant = paired(runs, arms)
+    back = paired(runs, dict(reversed(arms.items())))
+    assert back == (-difference, discordant) and abs(difference) * 30 <= discordant
+
+
+@pytest.mark.parametrize("kind", UNSOUND)
+def test_an_experiment_that_is_none_is_refused(kind, runs):
+    arms, words = UNSOUND[kind]
+    with pytest.raises(ValueError, match=words):
+        examine(runs, arms(runs), [0, 1, 2])
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_forged_record_is_refused(kind, runs):
+    forge, words = FORGED[kind]
+    arms = _two(runs)
+    forge(runs, arms["DoRA"][0])
+    with pytest.raises(ValueError, match=words):
+        examine(runs, arms, [0, 1, 2])
+
+
+def test_runs_of_another_student_are_refused(runs):
+    with pytest.raises(ValueError, match="one run for each of your seeds"):
+        examine(runs, _two(runs), own_seeds("ada"))
+
+
+@pytest.mark.parametrize("shift", [(0.02, 0), (-0.02, 0), (0, 1), (0, -1), (1, 0), (0, 100), (-1, 2), (5, 5), (0.1, 0)])
+def test_what_the_runs_say_is_asked_for_exactly(shift, notebooks):
+    source = by_id(stubbed(notebooks["04"]), "a04-difference-test").source
+    solution = by_id(notebooks["04"], "a04-difference").source + by_id(notebooks["04"], "a04-runs").source
+    namespace = {"student_id": "lesson", "runs_dir": ""}
+    exec(by_id(notebooks["04"], "a04-setup").source, namespace)
+    exec(solution, namespace)
+    exec(source, namespace)
+    namespace["difference_pp"] += shift[0]
+    namespace["discordant"] += shift[1]
+    with pytest.raises(AssertionError, match="is not what your runs say"):
+        exec(source, namespace)
+
+
+# The whole path
+
+
+@needs_nbgrader
+@pytest.mark.slow
+def test_right_half_right_hostile_and_damaged_submissions_get_what_they_deserve(tmp_path, notebooks):
+    assignment = find_assignment("03")
+    build(assignment, tmp_path / "students")
+    write_samples(assignment, tmp_path / "handed_in", lambda line: None)
+    noisy = handed(notebooks, student="noisy")
+    by_id(noisy, "a03-merge").source = "import sys, warnings\n" + by_id(noisy, "a03-merge").source.replace(
+        "    ### BEGIN", "    print('x' * 99, file=sys.stderr), warnings.warn('look')\n    ### BEGIN"
+    )
+    endless = handed(notebooks, student="endless")
+    by_id(endless, "a03-forward").source = "def dora_forward(*args):\n    while True:\n        pass\n"
+    for name, submission in (("noisy", noisy), ("endless", endless)):
+        (tmp_path / "handed_in" / name).mkdir()
+        nbformat.write(submission, tmp_path / "handed_in" / name / f"{assignment.name}.ipynb")
+    said = []
+    table = grade(tmp_path / "handed_in", tmp_path / "out", seconds=20, report=said.append)
+
+    rows = {row["student_id"]: row for row in csv.DictReader(table.open())}
+    exercises = ("a03-start", "a03-forward", "a03-merge", "a03-numbers")
+    points = {student: tuple(int(row[name]) for name in exercises) for student, row in rows.items()}
+    assert points == {
+        "endless": (3, 0, 5, 4),
+        "noisy": (3, 8, 5, 4),
+        "sample-broken": (0, 0, 0, 0),
+        "sample-damaged": (3, 8, 5, 4),
+        "sample-half": (0, 8, 5, 4),
+        "sample-hostile": (0, 0, 0, 0),
+        "sample-right": (3, 8, 5, 4),
+    }
+    for student, row in rows.items():
+        assert (int(row["score"]), row["max_score"]) == (sum(points[student]), "20"), student
+    assert rows["sample-right"]["flags"] == rows["noisy"]["flags"] == ""
+    assert "a03-forward-test: over the time limit" in rows["endless"]["flags"]
+    assert "not graded" in rows["sample-broken"]["flags"] and "put back" in rows["sample-damaged"]["flags"]
+    assert sum("/7]" in line for line in said) == 7
+
+    hidden = "is not the one of Sec. 4.3"
+    for student in rows:
+        page = (tmp_path / "out" / "feedback" / f"{student}.html").read_text()
+        assert student in page and hidden not in page and "BEGIN HIDDEN" not in page
+    again = []
+    before = table.read_text()
+    assert grade(tmp_path / "handed_in", tmp_path / "out", seconds=20, report=again.append).read_text() == before
+    assert all(line.endswith("(0 s)") for line in again if "/7]" in line)
+
+
+@needs_nbgrader
+@pytest.mark.slow
+def test_an_experiment_is_graded_from_the_runs_handed_in_with_it(tmp_path, notebooks):
+    assignment = find_assignment("04")
+    given = answers(notebooks["04"], "lesson", runs_dir="")
+    folder = tmp_path / "handed_in" / "lesson"
+    folder.mkdir(parents=True)
+    nbformat.write(filled(notebooks["04"], "lesson", given), folder / f"{assignment.name}.ipynb")
+    unanswered = student_copy(notebooks["04"])
+    (tmp_path / "handed_in" / "idle").mkdir()
+    nbformat.write(unanswered, tmp_path / "handed_in" / "idle" / f"{assignment.name}.ipynb")
+    table = grade(tmp_path / "handed_in", tmp_path / "out", report=lambda line: None)
+    rows = {row["student_id"]: row for row in csv.DictReader(table.open())}
+    assert (rows["lesson"]["a04-runs"], rows["lesson"]["a04-difference"]) == ("6", "4")
+    assert rows["lesson"]["to_grade_by_hand"] == "yes" and rows["lesson"]["score"] == "10"
+    assert rows["idle"]["score"] == "0" and rows["idle"]["to_grade_by_hand"] == "no"
+
+    from nbgrader.api import Gradebook
+
+    with Gradebook(f"sqlite:///{tmp_path / 'out' / 'course' / 'gradebook.db'}", "dora-lab") as book:
+        for name, points in (("a04-question", 3), ("a04-figure", 1.5), ("a04-paragraph", 4)):
+            by_hand = book.find_grade(name, assignment.name, assignment.name, "lesson")
+            by_hand.manual_score, by_hand.needs_manual_grade = points, False
+        book.db.commit()
+    table = grade(tmp_path / "handed_in", tmp_path / "out", report=lambda line: None)
+    rows = {row["student_id"]: row for row in csv.DictReader(table.open())}
+    assert (rows["lesson"]["score"], rows["lesson"]["to_grade_by_hand"]) == ("18.5", "no")
+    assert "18.5" in (tmp_path / "out" / "feedback" / "lesson.html").read_text()
+
+
+def test_without_nbgrader_grading_says_what_to_install(tmp_path, monkeypatch, notebooks):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    nbformat.write(student_copy(notebooks["03"]), tmp_path / "ada.ipynb")
+    with pytest.raises(RuntimeError, match=r"pip install -e '\.\[grading\]'"):
+        grade(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS, ids=NUMBERS)
+def test_the_instructors_page_has_points_hours_and_mistakes(assignment, notebooks):
+    page = assignment.guide.read_text()
+    worth = points_of(notebooks[assignment.number])
+    assert f"{sum(worth.values())} points, {assignment.hours} hours" in page
+    for name, points in worth.items():
+        assert f"| {name.removesuffix('-test')} | {points} |" in page
+    assert page.split("## Common mistakes")[1].count("\n- ") >= 5
