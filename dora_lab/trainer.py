@@ -61,6 +61,14 @@ def collate(rows: list[dict]) -> dict[str, Tensor]:
     }
 
 
+def answer_loss(model, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """(cross-entropy summed over the labelled tokens of a batch of `collate`, how many those are)."""
+    labels = batch["labels"][:, 1:]  # (rows, longest - 1): the token after each position
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    logits = answer_logits(model, batch["input_ids"], rows, columns)  # (positions, vocabulary)
+    return F.cross_entropy(logits, labels[rows, columns], reduction="sum"), len(rows)
+
+
 class RunTrainer(Trainer):
     """One run's training; `micro` examples at a time over all processes, the profile's unless given.
 
@@ -141,12 +149,9 @@ class RunTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """Cross-entropy per labelled token, averaged over those of all micro-batches and processes of the step."""
-        labels = inputs["labels"][:, 1:]  # (rows, longest - 1): the token after each position
-        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-        logits = answer_logits(model, inputs["input_ids"], rows, columns)  # (positions, vocabulary)
-        loss = F.cross_entropy(logits, labels[rows, columns], reduction="sum")
+        loss, labelled = answer_loss(model, inputs)
         if num_items_in_batch is None:
-            return loss / len(rows)
+            return loss / labelled
         loss = loss / num_items_in_batch
         return loss * self.args.world_size if self.args.world_size > 1 else loss  # gradients are averaged over them
 

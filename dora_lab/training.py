@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 
 from dora_lab import processes
-from dora_lab.adapters import AdapterConfig, attach, trainable_parameters
+from dora_lab.adapters import attach, trainable_parameters
 from dora_lab.checkpoint import save_adapter
 from dora_lab.data import load_examples, tokenized
 from dora_lab.evaluation import PROTOCOLS, Prediction, accuracy, accuracy_by_task, as_row, per_token
@@ -170,8 +170,7 @@ def _train_with(
     spec: RunSpec, rows: Dataset, lengths: list[int], folder: Path, progress: bool, micro: int
 ) -> tuple[RunTrainer, int, int, bool]:
     model = load_model(spec.base_model, spec.dtype, processes.device(), spec.revision, spec.quantisation)
-    config = AdapterConfig(spec.method, spec.rank, spec.alpha, spec.dropout, tuple(spec.target_modules))
-    attach(model, config, torch.Generator().manual_seed(spec.seed))
+    attach(model, spec.adapter_config, torch.Generator().manual_seed(spec.seed))
     trainable, total = trainable_parameters(model)
     trainer = RunTrainer(spec, model, rows.select(order(lengths, spec)), folder, progress, micro)
     if trainer.is_fsdp_enabled:
