@@ -2,15 +2,16 @@
 
 A module's adapter has two parts that can be had apart: m, with one number per output, and the low-rank update, with
 rank·(in + out). Neither is frozen, m alone is `dora-magnitude`, the update alone is `lora`, both are `dora`. At the
-start (B = 0, m = ‖W0‖) DoRA's gain is 1 and its norm is held constant, so that the gradient of B is the same with and
-without m, and that of A is 0: the parts' gains add up.
+start (B = 0, m = ‖W0‖) m / ‖W0 + s·B·A‖ is 1 and its norm is held constant, so that the gradient of B is the same with
+and without m, and that of A is 0: the parts' gains add up.
 
 The rule: a part is worth Σ|∂L/∂p| over its parameters for every parameter that it adds. AdamW's first step moves each
 number by the learning rate against the sign of its gradient, so rate·Σ|∂L/∂p| is by how much the loss falls, to first
 order. Parts are taken from the worthiest down while they fit the budget; one that does not fit is passed over.
 
 What it assumes: the first step speaks for the rest; one learning rate for all parts; A, which has no gradient yet, is
-worth nothing but must be paid for; parts do not help or hinder each other. `shuffled` is the control for all of it.
+worth nothing but must be paid for; parts do not help or hinder each other, though with m the norm takes back what an
+update adds along W0 (a few percent of its gain). `shuffled` is the control for all of it.
 """
 
 import random
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_lab.adapters import AdapterConfig, adapted_modules, attach
-from dora_lab.trainer import answer_loss
+from dora_lab.models import answer_loss
 
 UPDATE, MAGNITUDE = "update", "magnitude"
 METHOD_OF = {
@@ -57,7 +58,8 @@ def measure_parts(
     """The two parts of every target of `config` in a base model that is not adapted yet, with their gains on `batches`.
 
     DoRA is attached to `model`, with A drawn from `seed`, and its gradient added up over the batches; nothing is
-    trained, and the adapters stay attached. batches: as `trainer.collate` makes them, with labels.
+    trained, and the adapters stay attached. batches: as `trainer.collate` makes them, with labels. The gain of an
+    update depends on the draw of A: average over several with `pooled`.
     Raises ValueError for a config of another method than dora, or no labelled token.
     """
     if config.method != "dora" or config.method_pattern or config.initialisation != "kaiming":
@@ -81,12 +83,12 @@ def measure_parts(
 
 
 def pooled(measured: Sequence[Sequence[Part]]) -> list[Part]:
-    """One list from those of several tasks: each part's share of its task's total gain, averaged over the tasks.
+    """One list from those of several tasks or draws of A: each part's share of its list's total gain, averaged.
 
     For a choice that has to serve all of them. Raises ValueError if the lists are not of the same parts.
     """
     if len({tuple((p.module, p.kind, p.parameters) for p in parts) for parts in measured}) != 1:
-        raise ValueError("the tasks' lists are not of the same parts: measure them on the same model and config")
+        raise ValueError("the lists are not of the same parts: measure them on the same model with the same config")
     totals = [sum(part.gain for part in parts) for parts in measured]
     return [
         replace(same[0], gain=sum(p.gain / total for p, total in zip(same, totals, strict=True)) / len(totals))

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 from dora_lab.preflight import check_base, check_memory, is_large
@@ -88,12 +89,17 @@ def of_profile(profile: Profile, records: Iterable[RunRecord]) -> list[RunRecord
     return kept
 
 
-def answers_of(runs_dir: Path, records: Iterable[RunRecord]) -> dict[tuple[str, str], dict[int, dict[str, bool]]]:
-    """(task, method) -> seed -> {example id: answered right}, of records of one rank each, for paired comparisons."""
+def answers_of(
+    runs_dir: Path, records: Iterable[RunRecord], name: Callable[[RunSpec], str] = attrgetter("method")
+) -> dict[tuple[str, str], dict[int, dict[str, bool]]]:
+    """(task, name) -> seed -> {example id: answered right}, for paired comparisons.
+
+    The name of a run is its method unless `name` says otherwise: give records of one rank and variant of each then.
+    """
     answers: dict[tuple[str, str], dict[int, dict[str, bool]]] = defaultdict(dict)
     for record in records:
         rows = read_predictions(run_folder(runs_dir, record.spec))
-        answers[record.spec.task, record.spec.method][record.spec.seed] = correct_by_id(rows)
+        answers[record.spec.task, name(record.spec)][record.spec.seed] = correct_by_id(rows)
     return answers
 
 

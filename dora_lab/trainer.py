@@ -14,7 +14,6 @@ from pathlib import Path
 
 import datasets
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -23,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from dora_lab import processes
 from dora_lab.data import IGNORED
 from dora_lab.guards import AtCheckpoints, base_weights, check_parameters, geometry
-from dora_lab.models import answer_logits, checkpoint_layers
+from dora_lab.models import answer_loss, checkpoint_layers
 from dora_lab.records import RunSpec, write_text
 from dora_lab.sealed import checkpoints, seal, writing
 
@@ -53,20 +52,12 @@ def order(lengths: list[int], spec: RunSpec) -> list[int]:
 
 
 def collate(rows: list[dict]) -> dict[str, Tensor]:
-    """Pad on the right to the longest row: (rows, longest). `answer_logits` says why there is no mask."""
+    """Pad on the right to the longest row: (rows, longest). `models.answer_logits` says why there is no mask."""
     longest = max(len(row["input_ids"]) for row in rows)
     return {
         name: torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows])  # (rows, longest)
         for name, fill in (("input_ids", 0), ("labels", IGNORED))
     }
-
-
-def answer_loss(model, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """(cross-entropy summed over the labelled tokens of a batch of `collate`, how many those are)."""
-    labels = batch["labels"][:, 1:]  # (rows, longest - 1): the token after each position
-    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-    logits = answer_logits(model, batch["input_ids"], rows, columns)  # (positions, vocabulary)
-    return F.cross_entropy(logits, labels[rows, columns], reduction="sum"), len(rows)
 
 
 class RunTrainer(Trainer):
