@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 
 from dora_lab.preflight import check_base, check_memory, is_large
@@ -90,16 +89,17 @@ def of_profile(profile: Profile, records: Iterable[RunRecord]) -> list[RunRecord
 
 
 def answers_of(
-    runs_dir: Path, records: Iterable[RunRecord], name: Callable[[RunSpec], str] = attrgetter("method")
+    runs_dir: Path, records: Iterable[RunRecord], name: Callable[[RunSpec], str] | None = None
 ) -> dict[tuple[str, str], dict[int, dict[str, bool]]]:
     """(task, name) -> seed -> {example id: answered right}, for paired comparisons.
 
-    The name of a run is its method unless `name` says otherwise: give records of one rank and variant of each then.
+    The name of a run is its variant, or its method, unless `name` says otherwise: give records of one rank then.
     """
     answers: dict[tuple[str, str], dict[int, dict[str, bool]]] = defaultdict(dict)
     for record in records:
         rows = read_predictions(run_folder(runs_dir, record.spec))
-        answers[record.spec.task, name(record.spec)][record.spec.seed] = correct_by_id(rows)
+        called = name(record.spec) if name else record.spec.variant or record.spec.method
+        answers[record.spec.task, called][record.spec.seed] = correct_by_id(rows)
     return answers
 
 

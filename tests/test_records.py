@@ -85,7 +85,9 @@ def test_every_recorded_run_has_the_identity_that_its_folder_has():
         assert {r.spec.run_id for r in records} == {path.parent.name for path in folder.glob("*/record.json")}
         for spec in (record.spec for record in records):
             rate, steps = spec.learning_rate, spec.steps  # a rate may have been tuned since
-            again = RunSpec.from_profile(profile, spec.task, spec.method, spec.rank, spec.seed, rate, steps, spec.split)
+            again = RunSpec.from_profile(
+                profile, spec.task, spec.method, spec.rank, spec.seed, rate, steps, spec.split, spec.variant
+            )
             assert (folder / again.run_id / "record.json").is_file(), f"{spec.run_id} is now {again.run_id}"
         assert of_profile(profile, records)
 
