@@ -23,9 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from dora_lab.adapters import AdapterConfig, adapted_modules, attach
-from dora_lab.models import answer_loss
+from dora_lab.models import answer_loss, load_model, load_tokenizer
+from dora_lab.records import RunSpec
 
 UPDATE, MAGNITUDE = "update", "magnitude"
+BATCHES, DRAWS = (
+    8,
+    (0, 1, 2),
+)  # of training examples, and of A, that a choice rests on; twice the batches change nothing
 METHOD_OF = {
     frozenset(): "frozen",
     frozenset({MAGNITUDE}): "dora-magnitude",
@@ -82,6 +87,27 @@ def measure_parts(
     return parts
 
 
+def measure_run(spec: RunSpec, batches: int = BATCHES, draws: Sequence[int] = DRAWS) -> list[Part]:
+    """The parts of one task's run, gains on its first training examples, `pooled` over several draws of A."""
+    from dora_lab.data import load_examples, tokenized  # these load datasets and the Trainer
+    from dora_lab.trainer import collate
+
+    examples = load_examples(spec.data, spec.task, "train", spec.train_examples, spec.validation_examples)
+    tokenizer = load_tokenizer(spec.base_model, spec.revision, spec.tokenizer)
+    shown = examples[: batches * spec.batch_size]
+    cutoff = None if spec.cutoff_tokens == "auto" else spec.cutoff_tokens
+    rows = list(tokenized(tokenizer, shown, spec.prompt, spec.append_eos, cutoff, spec.train_on_prompt, spec.cut)[0])
+    collated = [collate(rows[i : i + spec.batch_size]) for i in range(0, len(rows), spec.batch_size)]
+    return pooled(
+        [
+            measure_parts(
+                load_model(spec.base_model, spec.dtype, "cpu", spec.revision), spec.adapter_config, collated, a
+            )
+            for a in draws
+        ]
+    )
+
+
 def pooled(measured: Sequence[Sequence[Part]]) -> list[Part]:
     """One list from those of several tasks or draws of A: each part's share of its list's total gain, averaged.
 
@@ -128,6 +154,11 @@ def shuffled(methods: Mapping[str, str], parts: Sequence[Part], seed: int) -> di
         places = generator.sample(modules, len(modules))
         dealt |= {module: methods[place] for module, place in zip(modules, places, strict=True)}
     return {module: dealt[module] for module in methods}
+
+
+def budget_of_rank_1(parts: Sequence[Part], rank: int) -> int:
+    """What DoRA of rank 1 trains on all modules; `parts` were measured at `rank`."""
+    return sum(part.parameters // rank if part.kind == UPDATE else part.parameters for part in parts)
 
 
 def parameters_of(methods: Mapping[str, str], parts: Sequence[Part]) -> int:
