@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -15,7 +16,8 @@ from dora_lab.hybrids import MAGNITUDE, METHOD_OF, UPDATE, Part
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES
 
 _MARKERS = {"lora": "o", "dora": "s", "dora-magnitude": "D"}
-_VARIANT_LOOKS = [(c, m) for m, c in zip("^vP*X<>p", ("#009E73", "#D55E00", "#CC79A7", "#56B4E9") * 2, strict=True)]
+_VARIANT_LOOKS = [(c, m) for m, c in zip("^vP*X<>p", ("#009E73", "#D55E00", "#56B4E9", "#000000") * 2, strict=True)]
+_SIDEWAYS = 0.025  # of its place, for each variant another multiple, so that runs of one price do not hide each other
 _PANELS = {UPDATE: "low-rank update (A and B)", MAGNITUDE: "magnitude m"}
 
 
@@ -69,7 +71,7 @@ def worth_maps_alt(parts: Sequence[Part], methods: Mapping[str, str]) -> str:
 def accuracy_for_parameters(points: Sequence[Point]) -> Figure:
     """Accuracy against trained parameters, a panel a task: LoRA and DoRA on every module joined by lines over ranks.
 
-    Bars are 95 % limits over seeds, cut at 0 and 100.
+    Bars are 95 % limits over seeds, cut at 0 and 100. Variants are moved sideways by a few percent.
     """
     tasks = _tasks(points)
     variants = sorted({point.name for point in points if point.is_variant})
@@ -83,16 +85,19 @@ def accuracy_for_parameters(points: Sequence[Point]) -> Figure:
             for method, marker in _MARKERS.items():
                 line = [point for point in own if point.method == method and not point.is_variant]
                 _draw(axis, line, METHOD_COLOURS[method], marker, METHOD_NAMES[method], "-")
-            for name, (colour, marker) in looks.items():
-                _draw(axis, [p for p in own if p.name == name and p.is_variant], colour, marker, name, "")
+            for place, (name, (colour, marker)) in enumerate(looks.items()):
+                aside = 1 + _SIDEWAYS * (place - (len(looks) - 1) / 2)
+                _draw(axis, [p for p in own if p.name == name and p.is_variant], colour, marker, name, "", aside)
             axis.set_xscale("log", base=2)
             ticks = [6e3, 12e3, 25e3, 50e3, 100e3]
             axis.set_xticks(ticks, [f"{tick / 1000:.0f}k" for tick in ticks])
             axis.minorticks_off()
             axis.set(title=TASK_NAMES[task], xlabel="trained parameters")
         axes[0].set_ylabel("accuracy (%)")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+        entries = {}
+        for axis in axes:
+            entries |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
@@ -109,11 +114,13 @@ def accuracy_for_parameters_alt(points: Sequence[Point]) -> str:
     return f"Accuracy in percent with 95 % limits over seeds, against trained parameters. {'. '.join(texts)}."
 
 
-def _draw(axis, points: Sequence[Point], colour: str, marker: str, label: str, line: str) -> None:
+def _draw(
+    axis: Axes, points: Sequence[Point], colour: str, marker: str, label: str, line: str, aside: float = 1.0
+) -> None:
     if not points:
         return
     intervals = [point.interval for point in points]
-    x, y = [point.parameters for point in points], [one.estimate for one in intervals]
+    x, y = [aside * point.parameters for point in points], [one.estimate for one in intervals]
     axis.errorbar(
         x, y, drawn_limits(intervals), fmt=marker, ls=line or "none", color=colour, mec="black", mew=0.5, ms=6.5, lw=1,
         elinewidth=0.9, capsize=2, label=label, alpha=0.9,

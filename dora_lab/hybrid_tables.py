@@ -18,6 +18,7 @@ from dora_lab.statistics import Interval, seed_interval
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES, kind_name
 
 SIGNIFICANT = 0.05
+ONE_SEED = "one seed, nothing said of methods"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def contrast_table(answers: Answers, pairs: Mapping[str, tuple[str, str]], tasks
     """One row a comparison: macro-average over `tasks` of the paired difference, its 95 % limits, p, p after Holm.
 
     `said`, "higher", "lower" or "no difference shown", goes by p after Holm's correction over all comparisons: at least
-    `SIGNIFICANT` is none. A comparison that lacks runs on a task is left out.
+    `SIGNIFICANT` is none. With one common seed it is two trained models that differ: p is empty, and nothing is said of
+    methods. A comparison that lacks runs on a task is left out.
     """
     rows = []
     for label, (first, second) in pairs.items():
@@ -101,12 +103,15 @@ def contrast_table(answers: Answers, pairs: Mapping[str, tuple[str, str]], tasks
             found = macro_difference(one, other)
             row = {"comparison": label, "seeds": found.seeds, "points": 100 * found.estimate}
             row |= {"low": 100 * found.low, "high": 100 * found.high}
-            rows.append(row | {"p": difference_p_value(list(task_draws(one, other).values()))})
-    adjusted = holm({row["comparison"]: row["p"] for row in rows})
+            several = found.seeds > 1
+            p = difference_p_value(list(task_draws(one, other).values())) if several else math.nan
+            rows.append(row | {"p": p, "p (Holm)": math.nan, "said": ONE_SEED})
+    adjusted = holm({row["comparison"]: row["p"] for row in rows if row["seeds"] > 1})
     for row in rows:
-        row["p (Holm)"] = adjusted[row["comparison"]]
-        side = "higher" if row["points"] > 0 else "lower"
-        row["said"] = side if row["p (Holm)"] < SIGNIFICANT else "no difference shown"
+        if row["comparison"] in adjusted:
+            row["p (Holm)"] = adjusted[row["comparison"]]
+            side = "higher" if row["points"] > 0 else "lower"
+            row["said"] = side if row["p (Holm)"] < SIGNIFICANT else "no difference shown"
     return pd.DataFrame(rows, columns=["comparison", "seeds", "points", "low", "high", "p", "p (Holm)", "said"])
 
 
@@ -120,16 +125,15 @@ def contrast_intervals(table: pd.DataFrame) -> dict[str, Interval]:
 
 def verdicts(table: pd.DataFrame) -> list[str]:
     """What the comparisons come to, in sentences: each with its numbers, whatever the side it falls on."""
-    lines = [
-        f"{row['comparison']}: {row['points']:+.1f} points, 95 % interval {row['low']:+.1f} to {row['high']:+.1f}, "
-        f"{row['seeds']} seeds, p after Holm {row['p (Holm)']:.3f}: {row['said']}."
-        for row in table.to_dict("records")
-    ]
-    if lines:
-        up, down = ((table["said"] == side).sum() for side in ("higher", "lower"))
-        lines.append(
-            f"Of {len(table)} comparisons {up} came out higher, {down} lower, {len(table) - up - down} neither."
-        )
+    lines = []
+    for row in table.to_dict("records"):
+        tested = "" if row["said"] == ONE_SEED else f"{row['seeds']} seeds, p after Holm {row['p (Holm)']:.3f}: "
+        limits = f"95 % interval {row['low']:+.1f} to {row['high']:+.1f}"
+        lines.append(f"{row['comparison']}: {row['points']:+.1f} points, {limits}, {tested}{row['said']}.")
+    said = table["said"][table["said"] != ONE_SEED]
+    if len(said):
+        up, down = (said == "higher").sum(), (said == "lower").sum()
+        lines.append(f"Of {len(said)} comparisons {up} came out higher, {down} lower, {len(said) - up - down} neither.")
     return lines
 
 

@@ -24,10 +24,13 @@ from dora_lab.adapters import (
     unmerge,
 )
 from dora_lab.checkpoint import load_adapter, save_adapter
-from dora_lab.data import IGNORED
+from dora_lab.data import IGNORED, load_examples
+from dora_lab.evaluation import likelihood
 from dora_lab.hybrids import MAGNITUDE, UPDATE, Part
-from dora_lab.models import answer_loss, llama_config
+from dora_lab.models import answer_loss, llama_config, load_base
+from dora_lab.records import read_predictions, read_record, run_folder
 from dora_lab.shapes import SHAPES
+from dora_lab.training import finetune
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 MIXED = {"0.self_attn.q_proj": "frozen", "(q|k)_proj": "lora", "up_proj": "dora-magnitude"}
@@ -173,6 +176,26 @@ def test_another_pattern_is_refused(tmp_path):
     save_adapter(hybrid(), tmp_path)
     with pytest.raises(ValueError, match="has method_pattern .* but the model's has {'up_proj': 'lora'}"):
         load_adapter(hybrid(pattern={"up_proj": "lora"}), tmp_path)
+
+
+@pytest.mark.parametrize("initialisation", ["kaiming", "pissa"])
+def test_a_run_trains_a_hybrid_records_it_and_saves_what_answers_the_same(initialisation, tiny_spec, tmp_path):
+    pattern = {"0.self_attn.(q|k|v)_proj": "lora", "up_proj": "dora-magnitude", "1.mlp.down_proj": "frozen"}
+    spec = tiny_spec(method_pattern=pattern, initialisation=initialisation)
+    record = finetune(spec, tmp_path, progress=False)
+    folder = run_folder(tmp_path, spec)
+    assert read_record(folder) == record and record.spec.method_pattern == pattern
+    model, tokenizer = load_base(spec.base_model)
+    load_adapter(model, folder / "adapter").eval()
+    assert record.result.trainable_parameters == trainable_parameters(attach_anew(spec))[0]
+    questions = load_examples(spec.data, spec.task, "test")
+    again = likelihood(model, tokenizer, questions, spec.prompt, spec.evaluation_batch_size)
+    for one, row in zip(again, read_predictions(folder), strict=True):
+        assert one.log_likelihoods == pytest.approx(row["log_likelihoods"], abs=1e-3), one.id
+
+
+def attach_anew(spec):
+    return attach(load_base(spec.base_model)[0], spec.adapter_config)
 
 
 # --- Gains ---
