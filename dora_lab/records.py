@@ -207,8 +207,8 @@ class RunSpec:
             default = field.default if factory is dataclasses.MISSING else factory()
             if default is not dataclasses.MISSING and values.get(field.name) == default:
                 values.pop(field.name, None)
-        # of a pattern's keys the first that matches counts: their order is part of what it is
-        values = {name: list(value.items()) if isinstance(value, dict) else value for name, value in values.items()}
+        if "method_pattern" in values:  # the first key that matches counts: their order is part of what it is
+            values["method_pattern"] = list(values["method_pattern"].items())
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         rank = "" if self.rank is None else f"-r{self.rank}"
         variant = "" if self.variant is None else f"-{self.variant}"

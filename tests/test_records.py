@@ -62,7 +62,7 @@ def folder(record, tmp_path):
 
 OTHER_CHOICE = {"method": "lora", "split": "validation", "task": "winogrande", "evaluation": "generate"}
 OTHER_CHOICE |= {"revision": "other", "tokenizer": "other", "quantisation": "nf4", "optimizer": "adamw-8bit"}
-OTHER_CHOICE |= {"cut": "end", "variant": "other"}
+OTHER_CHOICE |= {"cut": "end", "variant": "other", "initialisation": "pissa"}
 
 
 def test_every_field_but_names_and_places_moves_the_identity(tiny_spec):
