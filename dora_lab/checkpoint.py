@@ -225,9 +225,8 @@ def _read_config(folder: Path, metadata: dict[str, str]) -> AdapterConfig:
     if only_m and isinstance(own["target_modules"], list):
         own["target_modules"] = sorted({*own["target_modules"], *only_m})
         own["method_pattern"] = dict.fromkeys(map(re.escape, only_m), "dora-magnitude")
-    own |= json.loads(metadata.get(HYBRID_KEY, "{}"))
     try:
-        return AdapterConfig(method, **own)
+        return AdapterConfig(method, **own | json.loads(metadata.get(HYBRID_KEY, "{}")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

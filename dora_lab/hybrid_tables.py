@@ -78,7 +78,7 @@ def accuracy_table(points: Sequence[Point]) -> pd.DataFrame:
 
 
 def contrasts(variants: Iterable[str], rank: int) -> dict[str, tuple[str, str]]:
-    """{what is asked: (first, second)}: the comparisons of chapter 14, fixed here before any result.
+    """{what is asked: (first, second)}: the comparisons of chapter 14, written down while the first seed was running.
 
     Every variant against DoRA on every module at the profile's rank; the rule's choice against its control and against
     a uniform rank at its budget; LoRA from PiSSA's start against LoRA.

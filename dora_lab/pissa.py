@@ -55,7 +55,8 @@ def check_can_be_split(name: str, base: nn.Module, rank: int) -> None:
             f"rank {rank} is too large for PiSSA in module {name}: what it learns is saved as rank {2 * rank}; "
             f"choose a rank of at most {largest}"
         )
-    if not weight_of(base).isfinite().all():
+    weight = weight_of(base)
+    if weight.device.type != "meta" and not weight.isfinite().all():
         raise ValueError(f"the weight of module {name} is not finite: it has no singular values; load the base anew")
 
 
