@@ -1,7 +1,7 @@
 # Every target that runs Python sets up .venv first; a second call installs nothing.
 #   make reproduce              the results table and figures again (PROFILE=mini SEEDS=3)
 #   make test, make test-all    the quick tests; all but those that need a GPU (`make test-gpu`)
-#   make extensions             what goes beyond the report, run live: chapter 14 (another hour)
+#   make extensions             what goes beyond the report, run live: the 81 runs of chapter 14
 #   make book                   every chapter run and set as static HTML: build/book/html/index.html
 #   make lint, make notebooks-strip, make clean
 # A machine without a GPU is served best by PyTorch's small CPU wheels: install torch from them into .venv first.
