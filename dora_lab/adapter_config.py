@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass, field, replace
 
 METHODS = ("full", "lora", "dora", "dora-magnitude")
+MODULE_METHODS = ("lora", "dora", "dora-magnitude", "frozen")
+INITIALISATIONS = ("kaiming", "pissa")
 DROPOUTS = ("low-rank", "faithful")
 KERNELS = ("fast", "reference")
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -19,7 +21,9 @@ class AdapterConfig:
     target_modules: names of linear layers, matched as PEFT does: the whole name, or all that follows a dot.
     rank_pattern, alpha_pattern: {regular expression for the end of a module's name: its rank or alpha}, as PEFT's.
     use_rslora: s = alpha / √rank (arXiv 2312.03732) instead of alpha / rank.
-    magnitude_only: targets of a `dora` model that get m and no low-rank matrices (the paper's Table 6).
+    method_pattern: {regular expression for the end of a module's name: lora, dora, dora-magnitude or frozen}; the first
+    key that matches counts, other targets have `method`. The paper's Table 6: `dora`, with `dora-magnitude` in here.
+    initialisation: "kaiming" (B = 0) or "pissa": A and B start as W0's largest singular triples. See `pissa`.
     dropout_on: "low-rank" or "faithful"; kernel: "fast" or "reference". See `DoRALinear`.
     Raises ValueError for values that make no adapter.
     """
@@ -32,7 +36,8 @@ class AdapterConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
-    magnitude_only: tuple[str, ...] = ()
+    method_pattern: dict[str, str] = field(default_factory=dict)
+    initialisation: str = "kaiming"
     dropout_on: str = "low-rank"
     kernel: str = "fast"
 
@@ -52,16 +57,34 @@ class AdapterConfig:
             raise ValueError(
                 f"target_modules must be a list of layer names such as q_proj, v_proj, got {self.target_modules!r}"
             )
-        if self.magnitude_only and self.method != "dora":
-            raise ValueError(f"magnitude_only is for method 'dora', got {self.method!r}")
-        for name, value, known in (("dropout_on", self.dropout_on, DROPOUTS), ("kernel", self.kernel, KERNELS)):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: choose {' or '.join(known)}")
+        choices = (("dropout_on", DROPOUTS), ("kernel", KERNELS), ("initialisation", INITIALISATIONS))
+        for name, known in choices:
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose {' or '.join(known)}")
+        if self.initialisation == "pissa" and self.rank is None:
+            raise ValueError(f"initialisation 'pissa' is for lora and dora: method {self.method!r} has no A and B")
+        self._check_method_pattern()
         for name, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"rank_pattern: the rank of {name!r} must be a whole number above 0, got {rank!r}")
-        for name in ("target_modules", "magnitude_only"):  # a list from a YAML or JSON file
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))  # a list from a YAML or JSON file
+
+    def _check_method_pattern(self) -> None:
+        if self.method_pattern and self.method == "full":
+            raise ValueError("method_pattern chooses among adapters: method 'full' has none, leave the pattern out")
+        for key, method in self.method_pattern.items():
+            if method not in MODULE_METHODS:
+                known = ", ".join(MODULE_METHODS)
+                raise ValueError(f"method_pattern: unknown method {method!r} for {key!r}: choose one of {known}")
+            if method in ("lora", "dora") and self.rank is None:
+                raise ValueError(
+                    f"method_pattern: {method} for {key!r} needs a rank and an alpha: take method lora or dora, "
+                    f"and name the modules that get {self.method!r} in the pattern"
+                )
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"method_pattern: {key!r} is no regular expression ({error}): correct it") from error
 
     @property
     def scaling(self) -> float:
@@ -70,19 +93,27 @@ class AdapterConfig:
             raise ValueError(f"method {self.method!r} has no low-rank matrices, so no scaling")
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    def of_module(self, name: str) -> "AdapterConfig":
-        """The configuration of one module: its own method, rank and alpha where a pattern or `magnitude_only` says."""
-        if any(is_named(name, target) for target in self.magnitude_only):
-            return replace(self, method="dora-magnitude", rank=None, alpha=None, magnitude_only=())
-        if self.rank is None:
-            return self
-        rank, alpha = (
-            next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-            for pattern, default in ((self.rank_pattern, self.rank), (self.alpha_pattern, self.alpha))
-        )
-        return replace(self, rank=rank, alpha=alpha)
+    def of_module(self, name: str) -> "AdapterConfig | None":
+        """The configuration of one module, with the method, rank and alpha that the patterns give; None if frozen."""
+        method = _value_for(name, self.method_pattern, self.method)
+        if method == "frozen":
+            return None
+        if method not in ("lora", "dora"):
+            return replace(self, method=method, rank=None, alpha=None, method_pattern={}, initialisation="kaiming")
+        rank = _value_for(name, self.rank_pattern, self.rank)
+        alpha = _value_for(name, self.alpha_pattern, self.alpha)
+        return replace(self, method=method, rank=rank, alpha=alpha, method_pattern={})
 
 
 def is_named(name: str, target: str) -> bool:
     """Whether a module's name is what a target says: the whole name, or all that follows a dot."""
     return name == target or name.endswith("." + target)
+
+
+def fits_pattern(name: str, key: str) -> bool:
+    """Whether a pattern's key is the end of a module's name, by PEFT's rule: the whole name, or all after a dot."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _value_for(name: str, pattern: dict, default):
+    return next((value for key, value in pattern.items() if fits_pattern(name, key)), default)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_lab import geometry
-from dora_lab.adapter_config import LLAMA_TARGETS, METHODS, AdapterConfig, is_named
+from dora_lab.adapter_config import LLAMA_TARGETS, METHODS, AdapterConfig, fits_pattern, is_named
 from dora_lab.kernels import (
     NormCache,
     dora_correction,
@@ -30,6 +30,7 @@ from dora_lab.kernels import (
     weight_of,
     without_bias,
 )
+from dora_lab.pissa import check_can_be_split, split_weight
 
 __all__ = [
     "LLAMA_TARGETS",
@@ -44,6 +45,7 @@ __all__ = [
     "dora_norm",
     "dora_weight",
     "find_targets",
+    "initial_weight",
     "lora_weight",
     "merge",
     "trainable_parameters",
@@ -82,7 +84,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.base, self.scaling, self.dropout = base, config.scaling, nn.Dropout(config.dropout)
-        self.lora_A, self.lora_B = _low_rank_pair(base, config.rank, generator)
+        _start_low_rank(self, config, generator)
         self.merged = False
         self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while merged
 
@@ -117,8 +119,9 @@ class DoRALinear(nn.Module):
         super().__init__()
         self.base, self.scaling, self.dropout = base, config.scaling, nn.Dropout(config.dropout)
         self.faithful, self.fast = config.dropout_on == "faithful", config.kernel == "fast"
-        self.lora_A, self.lora_B = _low_rank_pair(base, config.rank, generator)
-        self.magnitude = nn.Parameter(geometry.magnitude(weight_of(base)).to(self.lora_A.dtype))  # (out,)
+        magnitude = geometry.magnitude(weight_of(base))  # (out,): ‖W0‖, before PiSSA takes anything out
+        _start_low_rank(self, config, generator)
+        self.magnitude = nn.Parameter(magnitude.to(self.lora_A.dtype))  # (out,)
         self.cache = NormCache()
         self.merged = False
         self.register_buffer("unmerged_weight", None, persistent=False)  # W0 while merged
@@ -200,9 +203,10 @@ def attach(model: nn.Module, config: AdapterConfig, generator: torch.Generator |
     """Freeze `model` and put an adapter around every linear layer that `config` names; returns the model, changed.
 
     nn.Linear, GPT-2's Conv1D, and bitsandbytes' Linear8bitLt and Linear4bit can be adapted.
-    The output is the base model's until the first step. Method `full` makes every parameter trainable instead. A CPU
-    `generator` with the same seed gives the same adapters on every device. Raises ValueError, naming the module, and
-    changes nothing: see `find_targets`; a model that is adapted already.
+    The output is the base model's until the first step; with PiSSA up to rounding, as A and B are then taken out of the
+    base's weights. A target that `method_pattern` calls frozen gets no adapter. Method `full` makes every parameter
+    trainable instead. A CPU `generator` with the same seed gives the same adapters on every device. Raises ValueError,
+    naming the module, and changes nothing: see `find_targets`; a model that is adapted already.
     """
     if getattr(model, "adapter_config", None) is not None:
         raise ValueError(f"this model is adapted already ({model.adapter_config.method}): load the base model anew")
@@ -219,8 +223,9 @@ def attach(model: nn.Module, config: AdapterConfig, generator: torch.Generator |
 def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     """The linear layers that `config` names, by their names in `model`; none for method `full`.
 
-    Raises ValueError for a target that is not in the model, a module that is no linear layer or is an adapter's, and a
-    rank above min(in, out).
+    Targets that `method_pattern` leaves frozen are not among them.
+    Raises ValueError for a target that is not in the model, a key of `method_pattern` that fits no target, a module
+    that is no linear layer or is an adapter's, a rank above min(in, out), and PiSSA on what it cannot split.
     """
     if config.method == "full":
         return {}
@@ -231,21 +236,27 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
             linear = sorted({name.rpartition(".")[2] for name, module in modules.items() if is_linear(module)})
             raise ValueError(f"target module {target!r} is not in the model: its linear layers are {', '.join(linear)}")
         found |= matches
-    for target in config.magnitude_only:
-        if not any(is_named(name, target) for name in found):
-            raise ValueError(f"magnitude_only names {target!r}, which is not among the target modules: add it to them")
+    for key in config.method_pattern:
+        if not any(fits_pattern(name, key) for name in found):
+            raise ValueError(f"method_pattern names {key!r}, which is not among the target modules: add it to them")
+    found = {name: module for name, module in found.items() if config.of_module(name) is not None}
+    if not found:
+        raise ValueError("method_pattern leaves every target module frozen: give one of them a method that trains")
     for name, module in found.items():
         if isinstance(module, Adapter):
             raise ValueError(f"target module {name} is adapted already: load the base model anew")
         if not is_linear(module):
             raise ValueError(f"target module {name} is a {type(module).__name__}: only linear layers can be adapted")
         out_features, in_features = features_of(module)
-        rank, largest = config.of_module(name).rank, min(in_features, out_features)
+        own, largest = config.of_module(name), min(in_features, out_features)
+        rank = own.rank
         if rank is not None and rank > largest:
             raise ValueError(
                 f"rank {rank} is too large for module {name} ({in_features} -> {out_features}): "
                 f"choose a rank of at most {largest}"
             )
+        if own.initialisation == "pissa":
+            check_can_be_split(name, module, rank)
     return {name: module for name, module in modules.items() if name in found}  # in the model's own order
 
 
@@ -297,13 +308,32 @@ def _set_merged(module: Adapter, merged: bool) -> None:
         module.cache.forget()
 
 
-def _low_rank_pair(base: nn.Module, rank: int, generator: torch.Generator | None) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (rank, in) Kaiming-uniform with a=√5, drawn on the CPU, and B (out, rank) zeros, as LoRA starts."""
+def initial_weight(module: Adapter) -> Tensor:
+    """W0 (out, in) as it was before `attach`, of an adapter that is not merged; with PiSSA up to rounding."""
+    weight = weight_of(module.base)
+    if getattr(module, "start_A", None) is None:
+        return weight
+    return lora_weight(weight, module.start_A, module.start_B, module.scaling)
+
+
+def _start_low_rank(module: nn.Module, config: AdapterConfig, generator: torch.Generator | None) -> None:
+    """Give `module` its A (rank, in) and B (out, rank), and PiSSA's first A and B as `start_A` and `start_B`.
+
+    As LoRA starts: A Kaiming-uniform with a=√5, drawn on the CPU, and B zeros.
+    """
+    base = module.base
     out_features, in_features = features_of(base)
     double = base.weight.dtype == torch.float64
     options = {"device": base.weight.device, "dtype": torch.float64 if double else torch.float32}
-    start = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5), generator=generator)
-    return nn.Parameter(start.to(**options)), nn.Parameter(torch.zeros(out_features, rank, **options))
+    pissa = config.initialisation == "pissa"
+    if pissa:
+        lora_A, lora_B = (start.to(**options) for start in split_weight(base, config.rank, config.scaling))
+    else:
+        start = nn.init.kaiming_uniform_(torch.empty(config.rank, in_features), a=math.sqrt(5), generator=generator)
+        lora_A, lora_B = start.to(**options), torch.zeros(out_features, config.rank, **options)
+    module.lora_A, module.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+    module.register_buffer("start_A", lora_A.clone() if pissa else None, persistent=False)
+    module.register_buffer("start_B", lora_B.clone() if pissa else None, persistent=False)
 
 
 def _adapters_in_state(model: nn.Module, merged: bool) -> dict[str, Adapter]:

@@ -2,15 +2,24 @@
 
 A linear layer at <path> has the keys `base_model.model.<path>.lora_A.weight` (rank, in), `.lora_B.weight` (out, rank)
 and, for DoRA, `.lora_magnitude_vector` (out,). PEFT reads what is written here and gives the same output, and the other
-way round. A module with m alone has no name in PEFT: it is written as DoRA of rank 1 with A = B = 0, and the metadata
-of the safetensors file says what it is, so that it is read back as such here.
+way round. PEFT has one `use_dora` for all modules; what it has no name for is written as DoRA that computes the same,
+and the metadata of the safetensors file says what it is, so that it is read back as such here:
+
+    m alone                     rank 1 with A = B = 0
+    LoRA beside DoRA            m = ‖W0 + s·B·A‖, so that the gain is 1
+    frozen by method_pattern    not in the file; the config names every adapted module
+    started by PiSSA            an adapter of rank 2·r on W0 itself (`pissa`), the magnitude as it is; read back as that
 
 Checkpoints of the authors' code (NVlabs/DoRA) are read as well: there m is `.weight_m_wdecomp.weight` (out, 1), the
 config's peft_type is "DORA", and `Wdecompose_target_modules` have m alone.
 """
 
 import json
+import math
 import os
+import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,13 +27,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dora_lab.adapters import Adapter, AdapterConfig, adapted_modules, attach, find_targets
+from dora_lab.adapters import Adapter, AdapterConfig, adapted_modules, attach, dora_norm, find_targets
 from dora_lab.kernels import features_of
+from dora_lab.pissa import onto_the_base
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
-METHOD_KEY, MAGNITUDE_ONLY_KEY = "dora_lab.method", "dora_lab.magnitude_only"
+METHOD_KEY, HYBRID_KEY = "dora_lab.method", "dora_lab.hybrid"
 NVLABS_MAGNITUDE = ".weight_m_wdecomp.weight"
 
 # Settings of PEFT's LoraConfig that do not change what a loaded adapter computes, and those that are read here.
@@ -37,7 +47,9 @@ _READ = {
     "Wdecompose_target_modules", "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout",
     "peft_type", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora",
 }  # fmt: skip
-_SAME = ("method", "rank", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "magnitude_only")
+_SAME = ("method", "rank", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "method_pattern")
+# What the config of a hybrid says module by module; the metadata has it as it was attached.
+_OF_A_HYBRID = ("method_pattern", "rank_pattern", "alpha_pattern", "target_modules")
 
 
 def save_adapter(model: nn.Module, folder: Path | str) -> None:
@@ -49,17 +61,19 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
     modules = adapted_modules(model)
     if not modules:
         raise ValueError("the model has no adapters to save: attach them first, or save a full model as it is")
+    config = _on_the_base(model.adapter_config)
+    use_dora = _use_dora(config, modules)
     tensors = {
         PREFIX + name + suffix: value.detach().cpu().contiguous()
         for name, module in modules.items()
-        for suffix, value in _tensors(module).items()
+        for suffix, value in (_tensors(module) | _derived(module, use_dora)).items()
     }
-    config = model.adapter_config
-    metadata = {"format": "pt", METHOD_KEY: config.method, MAGNITUDE_ONLY_KEY: json.dumps(config.magnitude_only)}
-    contents = {
-        WEIGHTS_FILE: save(tensors, metadata),
-        CONFIG_FILE: (json.dumps(_peft_config(model), indent=2, sort_keys=True) + "\n").encode(),
-    }
+    metadata = {"format": "pt", METHOD_KEY: config.method}
+    if config.method_pattern:
+        metadata[HYBRID_KEY] = json.dumps({name: getattr(config, name) for name in _OF_A_HYBRID})
+    # the keys of a pattern stay in their order: the first that matches counts
+    settings = json.dumps(_peft_config(model, config, use_dora), indent=2)
+    contents = {WEIGHTS_FILE: save(tensors, metadata), CONFIG_FILE: (settings + "\n").encode()}
     _write_together(Path(folder), contents)
 
 
@@ -69,7 +83,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     The files may be PEFT's or `save_adapter`'s. The model stays as it was if anything is wrong. Raises
     FileNotFoundError for a missing file, and ValueError for: a file that is damaged, a config of another kind of
     adapter or with settings that are not offered here, missing or unexpected keys, wrong shapes, a method, rank or
-    alpha other than the attached one's, a merged model.
+    alpha other than the attached one's, a merged model, one whose base has lost its singular triples to PiSSA.
     """
     folder = Path(folder)
     tensors, metadata = _read_weights(folder)
@@ -89,7 +103,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
         attach(model, config)
     with torch.no_grad():
         for name, module in adapted_modules(model).items():
-            for suffix, value in _tensors(module).items():
+            for suffix, value in _tensors(module).items():  # what is derived from others is not read
                 value.copy_(tensors[PREFIX + name + suffix])
     return model
 
@@ -101,7 +115,7 @@ def _translate_nvlabs(tensors: dict[str, Tensor], linears: dict[str, nn.Module],
         if magnitude is not None:
             tensors[PREFIX + name + ".lora_magnitude_vector"] = magnitude.flatten()  # (out, 1) -> (out,)
             if config.of_module(name).method == "dora-magnitude":
-                for suffix, shape in _shapes(linear, config.of_module(name)).items():
+                for suffix, shape in _shapes(linear, config.of_module(name), True).items():
                     tensors.setdefault(PREFIX + name + suffix, magnitude.new_zeros(shape))
 
 
@@ -114,20 +128,54 @@ def _tensors(module: Adapter) -> dict[str, Tensor]:
             ".lora_B.weight": module.magnitude.new_zeros(out_features, 1),
             ".lora_magnitude_vector": module.magnitude,
         }
-    pair = {".lora_A.weight": module.lora_A, ".lora_B.weight": module.lora_B}
+    lora_A, lora_B = (module.lora_A, module.lora_B) if module.start_A is None else onto_the_base(module)
+    pair = {".lora_A.weight": lora_A, ".lora_B.weight": lora_B}
     return pair | ({".lora_magnitude_vector": module.magnitude} if hasattr(module, "magnitude") else {})
 
 
-def _shapes(linear: nn.Module, own: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of `_tensors` for an adapter around `linear`; `own` is the module's own configuration."""
+@torch.no_grad()
+def _derived(module: Adapter, use_dora: bool) -> dict[str, Tensor]:
+    """The magnitude with which DoRA computes what a LoRA module does, where other modules of the file have one."""
+    if not use_dora or hasattr(module, "magnitude"):
+        return {}
+    return {".lora_magnitude_vector": dora_norm(module.effective_weight())}
+
+
+def _use_dora(config: AdapterConfig, names: Iterable[str]) -> bool:
+    """PEFT's one `use_dora`: whether any module has a magnitude."""
+    return any(config.of_module(name).method != "lora" for name in names)
+
+
+def _on_the_base(config: AdapterConfig) -> AdapterConfig:
+    """The configuration under which what was saved is loaded: PiSSA's as twice the rank, at the same scaling."""
+    if config.initialisation != "pissa":
+        return config
+    grown = math.sqrt(2) if config.use_rslora else 2
+    return replace(
+        config,
+        initialisation="kaiming",
+        rank=2 * config.rank,
+        alpha=grown * config.alpha,
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: grown * alpha for key, alpha in config.alpha_pattern.items()},
+    )
+
+
+def _shapes(linear: nn.Module, own: AdapterConfig, use_dora: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors for an adapter around `linear`; `own` is the module's own configuration."""
     rank, (out_features, in_features) = own.rank or 1, features_of(linear)
     pair = {".lora_A.weight": (rank, in_features), ".lora_B.weight": (out_features, rank)}
-    return pair | ({".lora_magnitude_vector": (out_features,)} if own.method != "lora" else {})
+    return pair | ({".lora_magnitude_vector": (out_features,)} if use_dora else {})
 
 
-def _peft_config(model: nn.Module) -> dict:
-    config, only_m = model.adapter_config, dict.fromkeys(model.adapter_config.magnitude_only, 1)
-    modules = adapted_modules(model).values()
+def _peft_config(model: nn.Module, config: AdapterConfig, use_dora: bool) -> dict:
+    modules = adapted_modules(model)
+    targets, ranks, alphas = config.target_modules, config.rank_pattern, config.alpha_pattern
+    if config.method_pattern:  # module by module, which leaves no two keys that match the same
+        own = {name: config.of_module(name) for name in modules}
+        targets = tuple(modules)
+        ranks = {re.escape(name): one.rank or 1 for name, one in own.items()}
+        alphas = {re.escape(name): one.alpha or 1 for name, one in own.items()}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
@@ -136,14 +184,14 @@ def _peft_config(model: nn.Module) -> dict:
         "r": config.rank or 1,
         "lora_alpha": config.alpha or 1,
         "lora_dropout": config.dropout,
-        "use_dora": config.method != "lora",
-        "target_modules": sorted(config.target_modules),
+        "use_dora": use_dora,
+        "target_modules": sorted(targets),
         "bias": "none",
-        "fan_in_fan_out": any(type(module.base).__name__ == "Conv1D" for module in modules),
+        "fan_in_fan_out": any(type(module.base).__name__ == "Conv1D" for module in modules.values()),
         "init_lora_weights": True,
         "use_rslora": config.use_rslora,
-        "rank_pattern": only_m | config.rank_pattern,
-        "alpha_pattern": only_m | config.alpha_pattern,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
     }
 
 
@@ -168,17 +216,17 @@ def _read_config(folder: Path, metadata: dict[str, str]) -> AdapterConfig:
         wrong = ", ".join(f"{key}={settings[key]!r}" for key in refused)
         raise ValueError(f"{path} has settings that are not offered here: {wrong}; load it with PEFT instead")
     method = metadata.get(METHOD_KEY, "dora" if settings.get("use_dora") or kind == "DORA" else "lora")
-    only_m = json.loads(metadata.get(MAGNITUDE_ONLY_KEY, "[]")) + (settings.get("Wdecompose_target_modules") or [])
     own = {"dropout": settings.get("lora_dropout", 0.0), "target_modules": settings.get("target_modules")}
     if method != "dora-magnitude":
-        own |= {"rank": settings.get("r"), "alpha": settings.get("lora_alpha"), "magnitude_only": tuple(only_m)}
+        own |= {"rank": settings.get("r"), "alpha": settings.get("lora_alpha")}
         own |= {"use_rslora": bool(settings.get("use_rslora"))}
-        for pattern in ("rank_pattern", "alpha_pattern"):
-            own[pattern] = {k: value for k, value in (settings.get(pattern) or {}).items() if k not in only_m}
-    if kind == "DORA" and only_m and isinstance(own["target_modules"], list):  # NVlabs keeps the two lists apart
+        own |= {pattern: settings.get(pattern) or {} for pattern in ("rank_pattern", "alpha_pattern")}
+    only_m = settings.get("Wdecompose_target_modules")  # NVlabs keeps the two lists apart
+    if only_m and isinstance(own["target_modules"], list):
         own["target_modules"] = sorted({*own["target_modules"], *only_m})
+        own["method_pattern"] = dict.fromkeys(map(re.escape, only_m), "dora-magnitude")
     try:
-        return AdapterConfig(method, **own)
+        return AdapterConfig(method, **own | json.loads(metadata.get(HYBRID_KEY, "{}")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -196,6 +244,11 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_same_adapter(attached: AdapterConfig, config: AdapterConfig, folder: Path) -> None:
+    if attached.initialisation == "pissa":
+        raise ValueError(
+            f"the model's adapters started by PiSSA, which took them out of its base: load the adapter in {folder} "
+            "into the base model"
+        )
     for setting in _SAME:
         ours, theirs = getattr(attached, setting), getattr(config, setting)
         if ours != theirs:
@@ -208,10 +261,11 @@ def _check_same_adapter(attached: AdapterConfig, config: AdapterConfig, folder: 
 def _check_tensors(
     tensors: dict[str, Tensor], linears: dict[str, nn.Module], config: AdapterConfig, path: Path
 ) -> None:
+    use_dora = _use_dora(config, linears)
     expected = {
         PREFIX + name + suffix: shape
         for name, linear in linears.items()
-        for suffix, shape in _shapes(linear, config.of_module(name)).items()
+        for suffix, shape in _shapes(linear, config.of_module(name), use_dora).items()
     }
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     for what, keys in (("lacks expected", missing), ("has unexpected", unexpected)):

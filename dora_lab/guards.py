@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from dora_lab.adapters import adapted_modules
+from dora_lab.adapters import adapted_modules, initial_weight
 from dora_lab.geometry import delta_direction, delta_magnitude
-from dora_lab.kernels import weight_of
 from dora_lab.records import LIVE_CURVE, RunSpec, write_lines
 from dora_lab.sealed import writing
 from dora_lab.shards import gathered
@@ -110,7 +109,7 @@ def geometry(model, before: dict[str, Tensor | None], step: int) -> list[dict]:
         module = model.get_submodule(name)
         with gathered(model, name):
             weight = module.effective_weight() if base is None else module.weight  # (out, in)
-            base = weight_of(module.base) if base is None else base  # (out, in)
+            base = initial_weight(module) if base is None else base  # (out, in)
             rows.append(
                 {
                     "step": step,

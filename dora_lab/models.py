@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_lab.data import IGNORED
 from dora_lab.profiles import PROJECT
 from dora_lab.shapes import Shape, find_shape
 
@@ -241,6 +242,16 @@ def answer_logits(
         return model(input_ids=input_ids, use_cache=False, **packing).logits.float()
     finally:
         hook.remove()
+
+
+def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """(cross-entropy summed over the labelled tokens of a batch of `trainer.collate`, how many those are)."""
+    import torch.nn.functional as F
+
+    labels = batch["labels"][:, 1:]  # (rows, longest - 1): the token after each position
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    logits = answer_logits(model, batch["input_ids"], rows, columns)  # (positions, vocabulary)
+    return F.cross_entropy(logits, labels[rows, columns], reduction="sum"), len(rows)
 
 
 def base_sha256(base_model: str, revision: str | None = None, tokenizer: str | None = None) -> str:

@@ -88,12 +88,18 @@ def of_profile(profile: Profile, records: Iterable[RunRecord]) -> list[RunRecord
     return kept
 
 
-def answers_of(runs_dir: Path, records: Iterable[RunRecord]) -> dict[tuple[str, str], dict[int, dict[str, bool]]]:
-    """(task, method) -> seed -> {example id: answered right}, of records of one rank each, for paired comparisons."""
+def answers_of(
+    runs_dir: Path, records: Iterable[RunRecord], name: Callable[[RunSpec], str] | None = None
+) -> dict[tuple[str, str], dict[int, dict[str, bool]]]:
+    """(task, name) -> seed -> {example id: answered right}, for paired comparisons.
+
+    The name of a run is its variant, or its method, unless `name` says otherwise: give records of one rank then.
+    """
     answers: dict[tuple[str, str], dict[int, dict[str, bool]]] = defaultdict(dict)
     for record in records:
         rows = read_predictions(run_folder(runs_dir, record.spec))
-        answers[record.spec.task, record.spec.method][record.spec.seed] = correct_by_id(rows)
+        called = name(record.spec) if name else record.spec.variant or record.spec.method
+        answers[record.spec.task, called][record.spec.seed] = correct_by_id(rows)
     return answers
 
 

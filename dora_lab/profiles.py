@@ -24,6 +24,8 @@ OF_THE_GRID = frozenset({"name", "summary", "tasks", "methods", "seeds", "sweep_
 OF_THE_GRID |= {"jobs", "variants"}
 
 Method = Literal["full", "lora", "dora", "dora-magnitude"]
+ModuleMethod = Literal["lora", "dora", "dora-magnitude", "frozen"]
+Initialisation = Literal["kaiming", "pissa"]  # of A and B
 Quantisation = Literal["none", "int8", "nf4", "nf4-double"]  # of the frozen base's linear layers
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw"]
 Positive = Annotated[int, Field(ge=1, strict=True)]  # strict: no true, no 1.0
@@ -45,6 +47,8 @@ class Profile:
     folder. revision: commit of a hub id. A step reads `batch_size * gradient_accumulation` examples, `micro_batch_size`
     of them at a time where it is given. cutoff_tokens "auto": the longest prompt with its answer; cut: what one that is
     longer loses, the beginning of its "prompt" or its "end", answer included. jobs: runs at a time, for the grid.
+
+    method_pattern ({end of a module's name: its own method}), initialisation: as in `adapter_config.AdapterConfig`.
 
     variants: name -> values that differ from the profile's own (`variant`). The grid is the plain runs and those of
     every variant.
@@ -92,6 +96,8 @@ class Profile:
     train_on_prompt: bool = False
     cut: Literal["prompt", "end"] = "prompt"
     jobs: Positive | None = None
+    method_pattern: dict[str, ModuleMethod] = Field(default_factory=dict)
+    initialisation: Initialisation = "kaiming"
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -22,11 +22,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dora_lab import tasks
+from dora_lab.adapter_config import AdapterConfig
 from dora_lab.data import data_sha256
 from dora_lab.models import base_sha256
 from dora_lab.profiles import (
     PROJECT,
+    Initialisation,
     Method,
+    ModuleMethod,
     Natural,
     Optimizer,
     Positive,
@@ -108,11 +111,26 @@ class RunSpec:
     train_on_prompt: bool = False
     cut: Literal["prompt", "end"] = "prompt"
     variant: str | None = None
+    method_pattern: dict[str, ModuleMethod] = dataclasses.field(default_factory=dict)
+    initialisation: Initialisation = "kaiming"
 
     @property
     def kind(self) -> tuple[str, int | None, str | None]:
         """(method, rank, variant): what the runs of one row of a table have in common."""
         return self.method, self.rank, self.variant
+
+    @property
+    def adapter_config(self) -> AdapterConfig:
+        """What is attached to the base. Raises ValueError for settings that make no adapter."""
+        return AdapterConfig(
+            self.method,
+            self.rank,
+            self.alpha,
+            self.dropout,
+            tuple(self.target_modules),
+            method_pattern=self.method_pattern,
+            initialisation=self.initialisation,
+        )
 
     @property
     def examples_per_step(self) -> int:
@@ -173,9 +191,11 @@ class RunSpec:
             "data_sha256": data_sha256(profile.data, task),
         }
         try:
-            return TypeAdapter(cls).validate_python(values)
+            spec = TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
             raise ValueError(f"{explain(error)}: correct it") from error
+        _ = spec.adapter_config  # what cannot be attached is told now, not when the base is loaded
+        return spec
 
     @property
     def run_id(self) -> str:
@@ -184,8 +204,12 @@ class RunSpec:
         for local in ("base_model", "data", "tokenizer"):  # their hashes say what they are; a path says only where
             del values[local]
         for field in dataclasses.fields(self):
-            if field.default is not dataclasses.MISSING and values.get(field.name) == field.default:
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            if default is not dataclasses.MISSING and values.get(field.name) == default:
                 values.pop(field.name, None)
+        if "method_pattern" in values:  # the first key that matches counts: their order is part of what it is
+            values["method_pattern"] = list(values["method_pattern"].items())
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         rank = "" if self.rank is None else f"-r{self.rank}"
         variant = "" if self.variant is None else f"-{self.variant}"

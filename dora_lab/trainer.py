@@ -14,7 +14,6 @@ from pathlib import Path
 
 import datasets
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -23,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from dora_lab import processes, shards
 from dora_lab.data import IGNORED
 from dora_lab.guards import AtCheckpoints, base_weights, check_parameters, geometry
-from dora_lab.models import answer_logits, checkpoint_layers
+from dora_lab.models import answer_loss, checkpoint_layers
 from dora_lab.records import RunSpec, write_text
 from dora_lab.sealed import checkpoints, seal, writing
 
@@ -53,7 +52,7 @@ def order(lengths: list[int], spec: RunSpec) -> list[int]:
 
 
 def collate(rows: list[dict]) -> dict[str, Tensor]:
-    """Pad on the right to the longest row: (rows, longest). `answer_logits` says why there is no mask."""
+    """Pad on the right to the longest row: (rows, longest). `models.answer_logits` says why there is no mask."""
     longest = max(len(row["input_ids"]) for row in rows)
     return {
         name: torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows])  # (rows, longest)
@@ -143,12 +142,9 @@ class RunTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """Cross-entropy per labelled token, averaged over those of all micro-batches and processes of the step."""
-        labels = inputs["labels"][:, 1:]  # (rows, longest - 1): the token after each position
-        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-        logits = answer_logits(model, inputs["input_ids"], rows, columns)  # (positions, vocabulary)
-        loss = F.cross_entropy(logits, labels[rows, columns], reduction="sum")
+        loss, labelled = answer_loss(model, inputs)
         if num_items_in_batch is None:
-            return loss / len(rows)
+            return loss / labelled
         loss = loss / num_items_in_batch
         return loss * self.args.world_size if self.args.world_size > 1 else loss  # gradients are averaged over them
 

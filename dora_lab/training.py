@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 
 from dora_lab import processes, shards
-from dora_lab.adapters import AdapterConfig, attach, trainable_parameters
+from dora_lab.adapters import attach, trainable_parameters
 from dora_lab.checkpoint import save_adapter
 from dora_lab.data import load_examples, tokenized
 from dora_lab.evaluation import PROTOCOLS, Prediction, accuracy, accuracy_by_task, as_row, per_token
@@ -196,8 +196,7 @@ def _train_with(
     device = "cpu" if shards.asked_for() else processes.device()  # a GPU is to hold its part alone
     with shards.done_here():
         model = load_model(spec.base_model, spec.dtype, device, spec.revision, spec.quantisation)
-    config = AdapterConfig(spec.method, spec.rank, spec.alpha, spec.dropout, tuple(spec.target_modules))
-    attach(model, config, torch.Generator().manual_seed(spec.seed))
+    attach(model, spec.adapter_config, torch.Generator().manual_seed(spec.seed))
     trainable, total = trainable_parameters(model)
     trainer = RunTrainer(spec, model, rows.select(order(lengths, spec)), folder, progress, micro)
     checkpoint = processes.told_by_first(lambda: last_whole_checkpoint(folder / "checkpoints"))

@@ -23,6 +23,7 @@ CONFIGS = {
     "dora-magnitude": AdapterConfig("dora-magnitude", dropout=0.1),
 }
 every_adapter = pytest.mark.parametrize("method", list(CONFIGS))
+TABLE_6 = {"up_proj": "dora-magnitude", "down_proj": "dora-magnitude"}  # the paper's, in part
 WEIGHT_KEY = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -127,19 +128,19 @@ def test_patterns_and_rslora_go_both_ways(tmp_path):
 
 
 def test_magnitude_only_modules_go_to_peft_and_come_back(tmp_path):
-    model = attach(base_model(), AdapterConfig("dora", 4, 6, magnitude_only=("up_proj", "down_proj")))
+    model = attach(base_model(), AdapterConfig("dora", 4, 6, method_pattern=TABLE_6))
     randomise(p for p in model.parameters() if p.requires_grad)
     save_adapter(model, tmp_path)
     theirs = PeftModel.from_pretrained(base_model(), tmp_path).eval()
     torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
     back = load_adapter(base_model(), tmp_path)
     assert torch.equal(back(TOKENS).logits, model(TOKENS).logits)
-    assert back.adapter_config.magnitude_only == ("up_proj", "down_proj") and not back.adapter_config.rank_pattern
+    assert back.adapter_config.method_pattern == TABLE_6 and not back.adapter_config.rank_pattern
 
 
 @pytest.mark.parametrize("only_m", [(), ("up_proj", "down_proj")], ids=["dora", "table-6"])
 def test_a_checkpoint_of_the_authors_code_is_read(only_m, tmp_path):
-    model = attach(base_model(), AdapterConfig("dora", 4, 6, magnitude_only=only_m))
+    model = attach(base_model(), AdapterConfig("dora", 4, 6, method_pattern=dict.fromkeys(only_m, "dora-magnitude")))
     randomise(p for p in model.parameters() if p.requires_grad)
     save_adapter(model, tmp_path)
     theirs = {}

@@ -68,6 +68,20 @@ def best_by_form(forms, labels):
     return sum(max(group.count(label) for label in group) for group in own.values()) / len(labels)
 
 
+def trained_by(out, inside, rank, method):
+    return {"lora": rank * (out + inside), "dora": rank * (out + inside) + out, "dora-magnitude": out, "frozen": 0}[
+        method
+    ]
+
+
+def spend(costs, gains, budget, order=None, full=False):
+    order, taken = order or sorted(range(len(costs)), key=lambda i: gains[i] / costs[i], reverse=True), []
+    for i in order:
+        if sum(costs[j] for j in taken) + (0 if full else costs[i]) <= budget - full:
+            taken.append(i)
+    return taken
+
+
 def reading(r, low, high):
     return "undecided" if low <= 0 <= high else "together" if r > 0 else "against"
 
@@ -99,6 +113,8 @@ RIGHT = {
     "06.2": [best_by_form],
     "09.1": [lambda d, m: np.corrcoef(d, m)[0, 1]],
     "09.2": [reading],
+    "14.1": [trained_by],
+    "14.2": [spend],
 }
 # (wrong answer, expected diagnosis), written anew: not the declarations' own. None: wrong, and of no known kind.
 WRONG = {
@@ -298,6 +314,22 @@ WRONG = {
         (lambda r, low, high: "undecided" if abs(r) < 0.5 else reading(r, r, r), "size taken for certainty"),
         (lambda r, low, high: "undecided", "never decided"),
         (lambda r, low, high: "together", None),
+    ],
+    "14.1": [
+        (lambda o, i, r, m: o * i * (m[-1] == "a") + o * (m[0] == "d"), "size of the product"),
+        (lambda o, i, r, m: trained_by(i, o, r, m), "m over the inputs"),
+        (lambda o, i, r, m: trained_by(o, i, r, "lora") * (m[-1] == "a") + (m[0] == "d"), "one m for a module"),
+        (lambda o, i, r, m: trained_by(o, i, r, "lora" if m == "dora" else m), "m forgotten in DoRA"),
+        (lambda o, i, r, m: trained_by(o, i, r, m) or o * i, "frozen counted"),
+        (lambda o, i, r, m: trained_by(o, i, r, m) + 1, None),
+        (640, None),
+    ],
+    "14.2": [
+        (lambda c, g, b: spend(c, g, b, [0, 5, 4, 2, 1, 3]), "largest gain first"),
+        (lambda c, g, b: spend(c, g, b, [3, 1, 2, 4, 0, 5]), "cheapest first"),
+        (lambda c, g, b: [0, 4], "stopped at the first that does not fit"),
+        (lambda c, g, b: spend(c, g, b, full=True), "budget passed"),
+        (lambda c, g, b: [], None),
     ],
 }  # fmt: skip
 

@@ -100,7 +100,7 @@ def stack() -> nn.Sequential:
 
 
 def test_ranks_alphas_and_methods_by_module():
-    patterns = {"rank_pattern": {"1": 2}, "alpha_pattern": {"1": 6}, "magnitude_only": ("2",)}
+    patterns = {"rank_pattern": {"1": 2}, "alpha_pattern": {"1": 6}, "method_pattern": {"2": "dora-magnitude"}}
     model = attach(stack(), AdapterConfig("dora", 4, 8, target_modules=("0", "1", "2"), **patterns))
     first, second, third = adapted_modules(model).values()
     assert isinstance(first, DoRALinear) and isinstance(second, DoRALinear) and isinstance(third, MagnitudeLinear)
@@ -114,7 +114,7 @@ def test_ranks_alphas_and_methods_by_module():
     [
         ({"rank_pattern": {"1": 11}}, "rank 11 is too large for module 1"),
         ({"rank_pattern": {"1": 0}}, "the rank of '1' must be a whole number above 0"),
-        ({"magnitude_only": ("7",)}, "magnitude_only names '7'"),
+        ({"method_pattern": {"7": "lora"}}, "method_pattern names '7'"),
         ({"dropout_on": "all"}, "unknown dropout_on 'all'"),
         ({"kernel": "quick"}, "unknown kernel 'quick'"),
     ],

@@ -62,12 +62,12 @@ def folder(record, tmp_path):
 
 OTHER_CHOICE = {"method": "lora", "split": "validation", "task": "winogrande", "evaluation": "generate"}
 OTHER_CHOICE |= {"revision": "other", "tokenizer": "other", "quantisation": "nf4", "optimizer": "adamw-8bit"}
-OTHER_CHOICE |= {"cut": "end", "variant": "other"}
+OTHER_CHOICE |= {"cut": "end", "variant": "other", "initialisation": "pissa"}
 
 
 def test_every_field_but_names_and_places_moves_the_identity(tiny_spec):
     spec = tiny_spec()
-    other = {str: "other", int: 7, float: 0.5, bool: None, list: ["q_proj"], type(None): 7}
+    other = {str: "other", int: 7, float: 0.5, bool: None, list: ["q_proj"], type(None): 7, dict: {"q_proj": "lora"}}
     for name, value in asdict(spec).items():
         changed = not value if isinstance(value, bool) else other[type(value)]
         changed = OTHER_CHOICE.get(name, changed)
@@ -85,7 +85,9 @@ def test_every_recorded_run_has_the_identity_that_its_folder_has():
         assert {r.spec.run_id for r in records} == {path.parent.name for path in folder.glob("*/record.json")}
         for spec in (record.spec for record in records):
             rate, steps = spec.learning_rate, spec.steps  # a rate may have been tuned since
-            again = RunSpec.from_profile(profile, spec.task, spec.method, spec.rank, spec.seed, rate, steps, spec.split)
+            again = RunSpec.from_profile(
+                profile, spec.task, spec.method, spec.rank, spec.seed, rate, steps, spec.split, spec.variant
+            )
             assert (folder / again.run_id / "record.json").is_file(), f"{spec.run_id} is now {again.run_id}"
         assert of_profile(profile, records)
 
@@ -104,6 +106,22 @@ def test_alpha_follows_the_rank_and_only_low_rank_methods_have_them(tiny_profile
     for method in ("full", "dora-magnitude"):
         spec = RunSpec.from_profile(profile, "boolq", method)
         assert (spec.rank, spec.alpha) == (None, None)
+
+
+def test_a_pattern_is_part_of_the_identity_and_so_is_its_order(tiny_spec):
+    one, other = {"q_proj": "lora", ".*_proj": "frozen"}, {".*_proj": "frozen", "q_proj": "lora"}
+    ids = {tiny_spec(**changes).run_id for changes in ({}, {"method_pattern": one}, {"method_pattern": other})}
+    assert len(ids | {tiny_spec(initialisation="pissa").run_id}) == 4
+    assert tiny_spec(method_pattern={}, initialisation="kaiming").run_id == tiny_spec().run_id
+
+
+def test_what_cannot_be_attached_is_refused_before_anything_is_loaded(tiny_profile):
+    profile = replace(load_profile(tiny_profile), method_pattern={"q_proj": "lora"})
+    assert RunSpec.from_profile(profile, "boolq", "dora").adapter_config.of_module("a.q_proj").method == "lora"
+    with pytest.raises(ValueError, match="method 'full' has none, leave the pattern out"):
+        RunSpec.from_profile(profile, "boolq", "full")
+    with pytest.raises(ValueError, match="initialisation 'pissa' is for lora and dora"):
+        RunSpec.from_profile(replace(profile, method_pattern={}, initialisation="pissa"), "boolq", "dora-magnitude")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dora_lab import guards, sealed, trainer, training
+from dora_lab import guards, models, sealed, trainer, training
 from dora_lab.adapters import METHODS, AdapterConfig, attach
 from dora_lab.checkpoint import load_adapter
 from dora_lab.data import load_examples, tokenized
@@ -276,8 +276,8 @@ def test_a_rank_larger_than_a_matrix_is_named_and_noted(tiny_spec, tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_an_error(tiny_spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "answer_logits", lambda *a: training_logits(*a) * float("nan"))
-    training_logits = __import__("dora_lab.models", fromlist=["answer_logits"]).answer_logits
+    logits = models.answer_logits
+    monkeypatch.setattr(models, "answer_logits", lambda *a: logits(*a) * float("nan"))
     with pytest.raises(ValueError, match="the loss is nan at step 1: training diverged; lower the learning rate"):
         finetune(tiny_spec(), tmp_path, progress=False)
 
