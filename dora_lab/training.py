@@ -45,7 +45,7 @@ from dora_lab.records import (
     write_record,
 )
 from dora_lab.sealed import last_whole_checkpoint, writing
-from dora_lab.tasks import task
+from dora_lab.tasks import Example, task
 from dora_lab.trainer import RunTrainer, order
 
 
@@ -87,16 +87,16 @@ def _run(spec: RunSpec, folder: Path, progress: bool) -> RunRecord:
         config = load_config(spec.base_model, spec.revision)
     check_vocabulary(spec.base_model, tokenizer, config.vocab_size)
     cutoff = getattr(config, "max_position_embeddings", None) if spec.cutoff_tokens == "auto" else spec.cutoff_tokens
-    rows, shortened = tokenized(
-        tokenizer, examples, spec.prompt, spec.append_eos, cutoff, spec.train_on_prompt, spec.cut
-    )
+    reading = (spec.prompt, spec.append_eos, cutoff, spec.train_on_prompt, spec.cut)
+    rows, shortened = tokenized(tokenizer, examples, *reading, spec.answers_cut)
     lengths = [len(ids) for ids in rows["input_ids"]]
     if shortened:
-        lost = "their end, the answer with it" if spec.cut == "end" else "the beginning of their prompt"
-        warnings.warn(f"{shortened} of {len(rows)} training examples lose {lost} to {cutoff} tokens", stacklevel=2)
+        lost = "the beginning of their prompt" if spec.cut == "prompt" and not spec.answers_cut else "their answer"
+        warnings.warn(f"{shortened} of {len(rows)} training examples lose {lost}; {cutoff} tokens fit", stacklevel=2)
     check_memory(spec, max(lengths))
+    chosen_on = tokenized(tokenizer, _held_out(spec), *reading)[0] if spec.best_of_checkpoints else None
 
-    trainer, trainable, total, resumed = _train(spec, rows, lengths, folder, progress)
+    trainer, trainable, total, resumed = _train(spec, rows, lengths, folder, progress, chosen_on)
     curve = curve_rows(trainer.state.log_history)
     began = time.perf_counter()
     predictions = _evaluate(spec, trainer, tokenizer, questions)
@@ -122,6 +122,7 @@ def _run(spec: RunSpec, folder: Path, progress: bool) -> RunRecord:
         micro_batch_size=trainer.micro,
         base_revision=getattr(trainer.model.config, "_commit_hash", None),
         processes=processes.count(),
+        chosen_step=trainer.best.get("step"),
     )
     record = RunRecord(spec, result, environment(spec.threads))
     if processes.is_first():
@@ -136,8 +137,13 @@ def _run(spec: RunSpec, folder: Path, progress: bool) -> RunRecord:
     return record
 
 
+def _held_out(spec: RunSpec) -> list[Example]:
+    """The validation examples on which the best checkpoint is chosen."""
+    return load_examples(spec.data, spec.task, "validation", spec.best_of_checkpoints, spec.validation_examples)
+
+
 def _train(
-    spec: RunSpec, rows: Dataset, lengths: list[int], folder: Path, progress: bool
+    spec: RunSpec, rows: Dataset, lengths: list[int], folder: Path, progress: bool, chosen_on: Dataset | None
 ) -> tuple[RunTrainer, int, int, bool]:
     """(the trainer after its last step, trained and total parameters, whether it went on from a checkpoint).
 
@@ -147,7 +153,7 @@ def _train(
     while True:
         full = ""
         try:
-            return _train_with(spec, rows, lengths, folder, progress, micro)
+            return _train_with(spec, rows, lengths, folder, progress, micro, chosen_on)
         except torch.OutOfMemoryError as error:  # what it holds of the failed step is freed behind this block
             full = str(error).splitlines()[0]
         gc.collect()
@@ -167,16 +173,25 @@ def _train(
 
 
 def _train_with(
-    spec: RunSpec, rows: Dataset, lengths: list[int], folder: Path, progress: bool, micro: int
+    spec: RunSpec,
+    rows: Dataset,
+    lengths: list[int],
+    folder: Path,
+    progress: bool,
+    micro: int,
+    chosen_on: Dataset | None,
 ) -> tuple[RunTrainer, int, int, bool]:
     model = load_model(spec.base_model, spec.dtype, processes.device(), spec.revision, spec.quantisation)
     config = AdapterConfig(spec.method, spec.rank, spec.alpha, spec.dropout, tuple(spec.target_modules))
     attach(model, config, torch.Generator().manual_seed(spec.seed))
     trainable, total = trainable_parameters(model)
-    trainer = RunTrainer(spec, model, rows.select(order(lengths, spec)), folder, progress, micro)
+    trainer = RunTrainer(spec, model, rows.select(order(lengths, spec)), folder, progress, micro, chosen_on)
     if trainer.is_fsdp_enabled:
-        if spec.geometry or spec.method == "full":
-            raise ValueError("under FSDP adapters alone can be trained, and no geometry: set geometry to false")
+        if spec.geometry or spec.method == "full" or chosen_on is not None:
+            raise ValueError(
+                "under FSDP adapters alone can be trained, without geometry and choice of checkpoint: set geometry to "
+                "false, leave out best_of_checkpoints"
+            )
         warnings.warn("under FSDP no checkpoints are kept: an interrupted run starts anew", stacklevel=2)
     checkpoint = processes.told_by_first(lambda: last_whole_checkpoint(folder / "checkpoints"))
     if checkpoint and progress:
@@ -196,7 +211,8 @@ def _evaluate(spec: RunSpec, trainer: RunTrainer, tokenizer, questions: list) ->
     shared = processes.count() > 1 and not trainer.is_fsdp_enabled
     own = questions[processes.rank() :: processes.count()] if shared else questions
     try:
-        found = answer(trainer.model, tokenizer, own, spec.prompt, spec.evaluation_batch_size) if own else []
+        template = spec.evaluation_prompt or spec.prompt
+        found = answer(trainer.model, tokenizer, own, template, spec.evaluation_batch_size) if own else []
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
             f"out of GPU memory with {spec.evaluation_batch_size} questions at a time: set evaluation_batch_size lower"
