@@ -91,8 +91,9 @@ def _run(spec: RunSpec, folder: Path, progress: bool) -> RunRecord:
     rows, shortened = tokenized(tokenizer, examples, *reading, spec.answers_cut)
     lengths = [len(ids) for ids in rows["input_ids"]]
     if shortened:
-        lost = "the beginning of their prompt" if spec.cut == "prompt" and not spec.answers_cut else "their answer"
-        warnings.warn(f"{shortened} of {len(rows)} training examples lose {lost}; {cutoff} tokens fit", stacklevel=2)
+        lost = "their end, the answer with it" if spec.cut == "end" else "the beginning of their prompt"
+        lost = "their answer to answers_cut" if spec.answers_cut else f"{lost} to {cutoff} tokens"
+        warnings.warn(f"{shortened} of {len(rows)} training examples lose {lost}", stacklevel=2)
     check_memory(spec, max(lengths))
     chosen_on = tokenized(tokenizer, _held_out(spec), *reading)[0] if spec.best_of_checkpoints else None
 
