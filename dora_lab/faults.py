@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dora_lab.comparisons import by_seed
+from dora_lab.comparisons import by_seed, difference_p_value, holm
 from dora_lab.pipeline import RECORDED, of_profile
 from dora_lab.profiles import Profile, load_profile
 from dora_lab.records import RunRecord, read_failures, read_predictions, read_records, run_folder, write_text
 from dora_lab.statistics import Interval, correct_by_id, draws_together, wording
-from dora_lab.tables import METHOD_NAMES, TASK_NAMES
+from dora_lab.tables import METHOD_NAMES, TASK_NAMES, markdown_table
 
 PROFILE, PLAIN = "mini-faults", "mini"
 METHODS = ("lora", "dora")
@@ -38,11 +38,11 @@ class Answers:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a fault did on one task. Differences are fractions; `change` and `lead` of accuracy, `turn` of the lead.
+    """What a fault did on one task; accuracies, shares and differences are fractions.
 
     change: method -> accuracy with the fault minus without. lead: DoRA minus LoRA without and with the fault. turn: the
-    lead with it minus the lead without. accuracy and unread: (method, with the fault) -> share. wins: with the fault ->
-    (seeds in which McNemar's test alone says DoRA, seeds in which it says LoRA).
+    lead with it minus the lead without, turn_p its two-sided p. accuracy, unread: (method, with the fault) -> share.
+    wins: with the fault -> seeds in which McNemar's test by itself says DoRA, and in which it says LoRA.
     """
 
     fault: str
@@ -55,6 +55,7 @@ class Effect:
     change: dict[str, Interval]
     lead: dict[bool, Interval]
     turn: Interval
+    turn_p: float
     wins: dict[bool, tuple[int, int]]
 
     @property
@@ -138,7 +139,8 @@ def _effect(answers: Answers, fault: str, against: str | None, task: str) -> Eff
     }
     changes = [score[method, True] - score[method, False] for method in METHODS]  # (seeds, items) each
     leads = [score["dora", faulty] - score["lora", faulty] for faulty in _BOTH]  # (seeds, items) each
-    found = [one.interval() for one in draws_together([*changes, *leads, leads[1] - leads[0]])]
+    draws = draws_together([*changes, *leads, leads[1] - leads[0]])
+    found = [one.interval() for one in draws]
     return Effect(
         fault,
         against or "plain",
@@ -150,6 +152,7 @@ def _effect(answers: Answers, fault: str, against: str | None, task: str) -> Eff
         dict(zip(METHODS, found[:2], strict=True)),
         dict(zip(_BOTH, found[2:4], strict=True)),
         found[4],
+        difference_p_value([draws[4]]),
         {faulty: _wins(right["dora", faulty], right["lora", faulty]) for faulty in _BOTH},
     )
 
@@ -168,6 +171,13 @@ def _wins(dora: Mapping[int, Mapping[str, bool]], lora: Mapping[int, Mapping[str
     return sum(one > 0 for one in clear), sum(one < 0 for one in clear)
 
 
+def uneven(found: Iterable[Effect]) -> list[tuple[Effect, float]]:
+    """Faults that hit one method more than the other, `turn` leaving out 0, each with its p after Holm over all."""
+    found = list(found)
+    adjusted = holm({str(i): one.turn_p for i, one in enumerate(found)})
+    return [(one, adjusted[str(i)]) for i, one in enumerate(found) if not _tie(one.turn)]
+
+
 def effects_frame(found: Iterable[Effect]) -> pd.DataFrame:
     """All numbers, one row a fault and task, in percent and percentage points: what `faults.csv` holds."""
     rows = []
@@ -180,7 +190,7 @@ def effects_frame(found: Iterable[Effect]) -> pd.DataFrame:
                 row[f"{method}_unread_{name}_pct"] = 100 * one.unread[method, faulty]
             row |= _columns(f"{method}_change", one.change[method])
         row |= _columns("lead_without", one.lead[False]) | _columns("lead_with", one.lead[True])
-        row |= _columns("turn", one.turn)
+        row |= _columns("turn", one.turn) | {"turn_p": one.turn_p}
         for faulty, name in ((False, "without"), (True, "with")):
             row[f"seeds_for_dora_{name}"], row[f"seeds_for_lora_{name}"] = one.wins[faulty]
         rows.append(row | {"verdict": one.verdict})
@@ -223,12 +233,12 @@ def fault_notes(found: list[Effect], answers: Answers, profile: Profile | None =
     ties = [one for one in found if _tie(one.lead[False])]
     turned = [f"{one.name} ({_OUTCOME[wording(one.lead[True])]})" for one in ties if not _tie(one.lead[True])]
     lost = [one.name for one in found if not _tie(one.lead[False]) and _tie(one.lead[True])]
-    uneven = [f"{one.name} ({_points(one.turn)})" for one in found if not _tie(one.turn)]
+    hit = [f"{one.name} ({_points(one.turn)}; p after Holm {p:.2g})" for one, p in uneven(found)]
     notes = [
         f"Ties that the fault alone turns, by the intervals: {_listed(turned)}, of {len(ties)} ties. One comparison in "
         "twenty would turn by chance.",
         f"Differences that the fault hides: {_listed(lost)}.",
-        f"Faults that hit one method more than the other (`turn` leaves out 0): {_listed(uneven)}.",
+        f"Faults that hit one method more than the other (`turn` leaves out 0): {_listed(hit)}.",
     ]
     pairs = sum(len(one.seeds) for one in found)
     for faulty, name in ((False, "Without"), (True, "With")):
@@ -264,9 +274,7 @@ def write_faults(
     """Write `faults.md`, to be read, and `faults.csv`, every number, into the folder; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shown = shown_effects(found)
-    lines = [shown.columns, ["---"] * len(shown.columns), *shown.to_numpy()]
-    grid = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    grid = markdown_table(shown_effects(found), words=4)
     notes = "".join(f"- {note}\n" for note in fault_notes(found, answers, profile))
     write_text(folder / "faults.md", f"{HEADING}\n\n{grid}\n\n{notes}")
     effects_frame(found).to_csv(folder / "faults.csv", index=False, float_format="%.4g", lineterminator="\n")
