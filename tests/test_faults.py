@@ -121,7 +121,7 @@ def test_a_fault_that_costs_one_method_turns_a_tie():
         assert one.change[method] == paired_difference(*(answers.right[key] for key in keys))
         assert one.accuracy[method, True] - one.accuracy[method, False] == pytest.approx(one.change[method].estimate)
     assert one.turn.estimate == pytest.approx(one.change["dora"].estimate - one.change["lora"].estimate)
-    assert uneven([one]) == [(one, one.turn_p)] and one.turn_p < 0.01
+    assert uneven([one]) == [(one, one.turn_p)] and one.turn_p < 0.05
     notes = " ".join(fault_notes([one], answers, profile))
     assert "turns, by the intervals: prompt-loss on BoolQ (DoRA ahead), of 1 ties" in notes
     assert (
