@@ -159,7 +159,8 @@ class RunSpec:
             )
         if profile.best_of_checkpoints and split == "validation":
             raise ValueError(
-                "best_of_checkpoints chooses on validation examples, which cannot be scored as well: take split test"
+                "best_of_checkpoints chooses on validation examples, which cannot be scored as well: take split test, "
+                "or leave it out"
             )
         if method in LOW_RANK and rank is None:
             rank = profile.rank

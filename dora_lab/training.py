@@ -139,8 +139,14 @@ def _run(spec: RunSpec, folder: Path, progress: bool) -> RunRecord:
 
 
 def _held_out(spec: RunSpec) -> list[Example]:
-    """The validation examples on which the best checkpoint is chosen."""
-    return load_examples(spec.data, spec.task, "validation", spec.best_of_checkpoints, spec.validation_examples)
+    """The validation examples on which the best checkpoint is chosen. Raises ValueError if there are too few."""
+    found = load_examples(spec.data, spec.task, "validation", spec.best_of_checkpoints, spec.validation_examples)
+    if len(found) < spec.best_of_checkpoints:
+        raise ValueError(
+            f"best_of_checkpoints asks for {spec.best_of_checkpoints} validation examples, {spec.task} has "
+            f"{len(found)}: set it lower"
+        )
+    return found
 
 
 def _train(

@@ -110,6 +110,7 @@ def test_the_llama_profiles_are_the_reports_six_runs_and_the_papers_recipe():
     assert not mended.train_on_prompt and mended.gradient_checkpointing and mended.cutoff_tokens == "auto"
     assert reported.train_on_prompt and not reported.gradient_checkpointing and reported.cut == "end"
     assert (reported.cutoff_tokens, reported.dtype, reported.evaluation) == (256, "float16", "generate")
+    assert (reported.best_of_checkpoints, mended.best_of_checkpoints) == (120, None)
     assert paper.tasks == ["commonsense_170k"] and paper.evaluation == "generate"
 
 

@@ -191,6 +191,11 @@ def test_the_checkpoint_with_the_lowest_loss_is_the_runs(tiny_spec, tmp_path, he
     assert ours == pytest.approx(sorted(float(value.sum()) for value in states[best].values()))
 
 
+def test_too_few_examples_to_choose_on_are_said(tiny_spec, tmp_path):
+    with pytest.raises(ValueError, match="asks for 11 validation examples, boolq has 10: set it lower"):
+        finetune(tiny_spec(best_of_checkpoints=11), tmp_path, progress=False)
+
+
 def test_choosing_leaves_training_as_it_is(uninterrupted, tiny_spec, tmp_path):
     """The loss on held-out examples draws no random numbers, though this run has dropout."""
     spec = tiny_spec(best_of_checkpoints=10)
