@@ -43,7 +43,7 @@ def fault_lines(effects: Sequence[Effect]) -> Figure:
             for axes in (upper, lower):
                 axes.axvline(0, color="black", lw=0.8, ls="--")
         for axes in panels[:, 0]:
-            axes.set_yticks(range(len(faults)), [fault.replace("-", " ") for fault in faults])
+            axes.set_yticks(range(len(faults)), [_label(fault, effects) for fault in faults])
             axes.set_ylim(len(faults) - 0.4, -0.6)
         for row, title in zip(panels, ("accuracy", "lead"), strict=True):
             handles = dict(zip(*reversed(row[0].get_legend_handles_labels()), strict=True))
@@ -66,6 +66,13 @@ def fault_lines_alt(effects: Sequence[Effect]) -> str:
 def _places(effects: Sequence[Effect]) -> tuple[list[str], list[str]]:
     found = {one.task for one in effects}
     return [task for task in TASK_NAMES if task in found], list(dict.fromkeys(one.fault for one in effects))
+
+
+def _label(fault: str, effects: Sequence[Effect]) -> str:
+    """The fault, and how many seeds it has on its tasks."""
+    counts = sorted({len(one.seeds) for one in effects if one.fault == fault})
+    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{fault.replace('-', ' ')}\n{seeds} {'seed' if counts[-1] == 1 else 'seeds'}"
 
 
 def _line(axes: Axes, one: Interval, place: float, colour: str, marker: str, label: str) -> None:

@@ -63,11 +63,15 @@ class Effect:
         return f"{self.fault} on {TASK_NAMES[self.task]}"
 
     @property
+    def only(self) -> str:
+        """What has to be added to every word about one seed: it is about two trained models, not about two methods."""
+        return ", two runs" if len(self.seeds) == 1 else ""
+
+    @property
     def verdict(self) -> str:
         """What became of tie, win or loss; in words that the intervals allow."""
         before, after = (_OUTCOME[wording(self.lead[faulty])] for faulty in _BOTH)
-        said = f"{before} stays" if before == after else f"{before} becomes {after}"
-        return said if len(self.seeds) > 1 else f"{said} (two runs)"
+        return (f"{before} stays" if before == after else f"{before} becomes {after}") + self.only
 
 
 HEADING = """# The report's faults, one at a time, in the mini-world
@@ -231,9 +235,9 @@ def fault_notes(found: list[Effect], answers: Answers, profile: Profile | None =
     """What the table comes to: ties turned, methods hit unevenly, single seeds, what failed and what is missing."""
     profile = profile or load_profile(PROFILE)
     ties = [one for one in found if _tie(one.lead[False])]
-    turned = [f"{one.name} ({_OUTCOME[wording(one.lead[True])]})" for one in ties if not _tie(one.lead[True])]
+    turned = [f"{one.name} ({_OUTCOME[wording(one.lead[True])]}{one.only})" for one in ties if not _tie(one.lead[True])]
     lost = [one.name for one in found if not _tie(one.lead[False]) and _tie(one.lead[True])]
-    hit = [f"{one.name} ({_points(one.turn)}; p after Holm {p:.2g})" for one, p in uneven(found)]
+    hit = [f"{one.name} ({_points(one.turn)}{one.only}, p after Holm {p:.2g})" for one, p in uneven(found)]
     notes = [
         f"Ties that the fault alone turns, by the intervals: {_listed(turned)}, of {len(ties)} ties. One comparison in "
         "twenty would turn by chance.",

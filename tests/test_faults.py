@@ -141,7 +141,7 @@ def test_a_fault_that_costs_both_the_same_leaves_the_tie():
 def test_one_seed_speaks_of_two_runs():
     answers, profile = answers_of(HIT, seeds=1), profile_with("prompt-loss")
     found = effects(answers, profile)
-    assert found[0].verdict.endswith("(two runs)")
+    assert found[0].verdict.endswith("ahead, two runs")
     assert any(note.startswith("One seed only: prompt-loss") for note in fault_notes(found, answers, profile))
 
 
@@ -206,7 +206,10 @@ def test_table_and_figure_hold_every_effect(tmp_path):
     alt = fault_lines_alt(found)
     assert all(f"{one.fault} on BoolQ" in alt for one in found)
     panels = fault_lines(found).axes
-    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["prompt loss", "answers cut"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == [
+        "prompt loss\n3 seeds",
+        "answers cut\n3 seeds",
+    ]
     drawn = [float(line.get_xdata()[0]) for line in panels[0].lines if len(line.get_xdata()) == 1]
     assert drawn == pytest.approx([100 * one.change[method].estimate for one in found for method in ("lora", "dora")])
 
