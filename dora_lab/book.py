@@ -17,7 +17,7 @@ from dora_lab.pipeline import RECORDED, RESULT_CHAPTERS, run_chapter
 from dora_lab.profiles import PROJECT, load_profile
 
 WORKER = "07_fine_tune"  # one run: shown as it stands, because a run is not a chapter to print
-WRITE_FIGURES = (*RESULT_CHAPTERS, "10_the_cost_of_dora", "14_hybrid_adapters")
+WRITE_FIGURES = (*RESULT_CHAPTERS, "10_the_cost_of_dora", "12_auditing_the_report", "14_hybrid_adapters")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CONFIGURATION = """\
 project = "DoRA Lab"

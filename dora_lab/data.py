@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dora_lab import tasks
 from dora_lab.fetch import COMMIT, fetch, files_of, llm_adapters_folder, repository_path
-from dora_lab.profiles import PROJECT
+from dora_lab.profiles import PROJECT, VALIDATION_EXAMPLES
 from dora_lab.tasks import ANSWER_PREFIX, Example, Task, parse_record, prompt
 
 if TYPE_CHECKING:  # loaded when a run is, so that the command line starts quickly
@@ -22,6 +22,7 @@ MINI_WORLD = PROJECT / "data" / "miniworld" / "tasks"
 LLM_ADAPTERS = "llm-adapters"
 IGNORED = -100  # label of a token that the loss leaves out
 CARVED_SEED = 42  # which train examples become validation where a folder has no validation.json
+CUT_SEED = 256  # which train examples lose their answer to `answers_cut`: the same for every run, as in a file
 
 
 def data_folder(source: str) -> Path:
@@ -61,7 +62,7 @@ def load_examples(
     else:
         path = _path(source, task, "train")
         examples = _read(path, task_name, "train")
-        count = 300 if validation_examples is None else validation_examples
+        count = VALIDATION_EXAMPLES if validation_examples is None else validation_examples
         if count >= len(examples):
             raise ValueError(
                 f"{path} has {len(examples)} examples, too few to hold {count} back for validation: "
@@ -112,12 +113,14 @@ def tokenized(
     cutoff_tokens: int | None,
     train_on_prompt: bool = False,
     cut: str = "prompt",
+    answers_cut: float = 0.0,
 ) -> tuple[Dataset, int]:
     """(input_ids and labels of every example, how many were cut); the labels of the prompt are IGNORED.
 
     cutoff_tokens None cuts nothing. cut "prompt": one that is too long loses the beginning of its prompt, never the
     answer behind it; "end": it loses its end, as in the report's code, though nothing of the answer may be left.
-    train_on_prompt: the labels of the prompt are its tokens.
+    train_on_prompt: the labels of the prompt are its tokens. answers_cut: that share of the examples, rounded to whole
+    ones, end where their answer begins.
     Raises ValueError if the answer alone is too long, or an end token is asked for and the tokenizer has none.
     """
     import datasets
@@ -127,11 +130,15 @@ def tokenized(
     prompts = [prompt(example, template) for example in examples]
     texts = [text + ANSWER_PREFIX + e.answer for text, e in zip(prompts, examples, strict=True)]
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    drawn = set(random.Random(CUT_SEED).sample(range(len(texts)), round(answers_cut * len(texts))))
     count = 0
-    for alone, ids in zip(tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"], strict=True):
+    encoded = zip(tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"], strict=True)
+    for index, (alone, ids) in enumerate(encoded):
         start = shared_length(alone, ids)
         kept, answer = ids[:start], ids[start:] + [tokenizer.eos_token_id] * append_eos
-        if cutoff_tokens is not None and start + len(answer) > cutoff_tokens:
+        if index in drawn:
+            count, answer = count + 1, []
+        elif cutoff_tokens is not None and start + len(answer) > cutoff_tokens:
             count += 1
             if cut == "end":
                 kept, answer = kept[:cutoff_tokens], answer[: max(0, cutoff_tokens - start)]

@@ -48,6 +48,7 @@ class AtCheckpoints(TrainerCallback):
         if state.global_step in self.steps:
             control.should_log = control.should_save = True  # logged here, so that resuming leaves the curve as it is
             self.trainer.measure_geometry(state.global_step)
+            self.trainer.compare_checkpoint(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:

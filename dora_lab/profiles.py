@@ -16,6 +16,7 @@ from dora_lab import tasks as known_tasks
 
 PROJECT = Path(__file__).resolve().parents[1]
 FOLDER = PROJECT / "data" / "profiles"
+VALIDATION_EXAMPLES = 300  # held back from a train file where a profile does not say how many
 NAMED_DATA = ("mini-world", "llm-adapters")  # what `data` may be besides a folder
 
 VARIANT_NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
@@ -27,6 +28,7 @@ Method = Literal["full", "lora", "dora", "dora-magnitude"]
 ModuleMethod = Literal["lora", "dora", "dora-magnitude", "frozen"]
 Initialisation = Literal["kaiming", "pissa"]  # of A and B
 Quantisation = Literal["none", "int8", "nf4", "nf4-double"]  # of the frozen base's linear layers
+Template = Literal["alpaca", "alpaca-short", "alpaca-short-other-end", "alpaca-indented"]
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw"]
 Positive = Annotated[int, Field(ge=1, strict=True)]  # strict: no true, no 1.0
 Natural = Annotated[int, Field(ge=0, strict=True)]
@@ -47,6 +49,9 @@ class Profile:
     folder. revision: commit of a hub id. A step reads `batch_size * gradient_accumulation` examples, `micro_batch_size`
     of them at a time where it is given. cutoff_tokens "auto": the longest prompt with its answer; cut: what one that is
     longer loses, the beginning of its "prompt" or its "end", answer included. jobs: runs at a time, for the grid.
+    answers_cut: share of the training examples that end where their answer begins. evaluation_prompt: the one that is
+    asked with, if not `prompt`. best_of_checkpoints: validation examples on whose loss the best checkpoint is chosen,
+    which then is the run's; None takes the last state.
 
     method_pattern ({end of a module's name: its own method}), initialisation: as in `adapter_config.AdapterConfig`.
 
@@ -64,7 +69,7 @@ class Profile:
     rank: Positive
     scaling: Annotated[float, Field(gt=0)]
     target_modules: list[str]
-    prompt: Literal["alpaca", "alpaca-short", "alpaca-indented"]
+    prompt: Template
     append_eos: bool
     cutoff_tokens: Positive | Literal["auto"]
     steps: dict[str, Positive]
@@ -95,6 +100,9 @@ class Profile:
     length_grouped: bool = False
     train_on_prompt: bool = False
     cut: Literal["prompt", "end"] = "prompt"
+    answers_cut: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    evaluation_prompt: Template | None = None
+    best_of_checkpoints: Positive | None = None
     jobs: Positive | None = None
     method_pattern: dict[str, ModuleMethod] = Field(default_factory=dict)
     initialisation: Initialisation = "kaiming"
@@ -108,8 +116,11 @@ class Profile:
         if missing:
             raise ValueError(f"steps has no entry for the task(s) {', '.join(missing)}")
         check_micro_batch(self.batch_size * self.gradient_accumulation, self.micro_batch_size)
-        if self.cut == "end" and not self.train_on_prompt:
-            raise ValueError("cut 'end' can leave an example without its answer: it needs train_on_prompt true")
+        if (self.cut == "end" or self.answers_cut) and not self.train_on_prompt:
+            what = "cut 'end'" if self.cut == "end" else "answers_cut"
+            raise ValueError(f"{what} can leave an example without its answer: it needs train_on_prompt true")
+        if self.best_of_checkpoints and self.best_of_checkpoints > (self.validation_examples or VALIDATION_EXAMPLES):
+            raise ValueError(f"best_of_checkpoints {self.best_of_checkpoints}: there are fewer validation_examples")
         for name in self.variants:
             if not VARIANT_NAME.fullmatch(name):
                 raise ValueError(f"variant {name!r}: a name is made of small letters, digits and single hyphens")

@@ -110,6 +110,9 @@ class RunSpec:
     length_grouped: bool = False
     train_on_prompt: bool = False
     cut: Literal["prompt", "end"] = "prompt"
+    answers_cut: float = 0.0
+    evaluation_prompt: str | None = None
+    best_of_checkpoints: Positive | None = None
     variant: str | None = None
     method_pattern: dict[str, ModuleMethod] = dataclasses.field(default_factory=dict)
     initialisation: Initialisation = "kaiming"
@@ -172,6 +175,11 @@ class RunSpec:
             raise ValueError(
                 f"a base in {profile.quantisation} cannot be trained in full: choose lora, dora or dora-magnitude, or "
                 "a profile with quantisation none"
+            )
+        if profile.best_of_checkpoints and split == "validation":
+            raise ValueError(
+                "best_of_checkpoints chooses on validation examples, which cannot be scored as well: take split test, "
+                "or leave it out"
             )
         if method in LOW_RANK and rank is None:
             rank = profile.rank
@@ -263,12 +271,13 @@ class RunResult:
     evaluation_time_s: float
     peak_memory_bytes: int
     resumed: bool
-    shortened_prompts: int = 0  # training examples that lost their beginning, or end, to cutoff_tokens
+    shortened_prompts: int = 0  # training examples that lost their beginning or end to cutoff_tokens or answers_cut
     accuracy_per_token: float | None = None  # by length-normalised likelihood; None where the answers were generated
     accuracy_by_task: dict[str, float] | None = None  # of a mixture; the paper's average is their unweighted mean
     micro_batch_size: int | None = None  # examples read at a time, over all processes
     base_revision: str | None = None  # commit of a base from the hub
     processes: int = 1
+    chosen_step: int | None = None  # after which the checkpoint was taken that best_of_checkpoints chose
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -126,16 +126,28 @@ def paired_draws(
 
 def draws_of(difference: np.ndarray, resamples: int = 4000, bootstrap_seed: int = 0) -> PairedDraws:
     """Bootstrap of the mean of `difference` (seeds, items): seeds and items are drawn together, with replacement."""
-    k, n = difference.shape
+    return draws_together([difference], resamples, bootstrap_seed)[0]
+
+
+def draws_together(
+    differences: Sequence[np.ndarray], resamples: int = 4000, bootstrap_seed: int = 0
+) -> list[PairedDraws]:
+    """`draws_of` for several differences of the same seeds and items, with the same draws for all."""
+    k, n = differences[0].shape
     generator = np.random.default_rng(bootstrap_seed)
-    over_items, over_seeds = [], []
+    over_items: list[list[np.ndarray]] = [[] for _ in differences]
+    over_seeds: list[list[np.ndarray]] = [[] for _ in differences]
     for size in _chunks(resamples, max(1, 2_000_000 // n)):
         of_items = generator.multinomial(n, np.full(n, 1 / n), size=size) / n  # (size, items)
         of_seeds = generator.multinomial(k, np.full(k, 1 / k), size=size) / k  # (size, seeds)
-        means = of_items @ difference.T  # (size, seeds)
-        over_items.append(means.mean(axis=1))
-        over_seeds.append((means * (of_seeds - 1 / k)).sum(axis=1))  # (size,); the weights sum to 0
-    return PairedDraws(float(difference.mean()), np.concatenate(over_items), np.concatenate(over_seeds), k, n)
+        for difference, items, seeds in zip(differences, over_items, over_seeds, strict=True):
+            means = of_items @ difference.T  # (size, seeds)
+            items.append(means.mean(axis=1))
+            seeds.append((means * (of_seeds - 1 / k)).sum(axis=1))  # (size,); the weights sum to 0
+    return [
+        PairedDraws(float(difference.mean()), np.concatenate(items), np.concatenate(seeds), k, n)
+        for difference, items, seeds in zip(differences, over_items, over_seeds, strict=True)
+    ]
 
 
 def paired_difference(

@@ -203,22 +203,33 @@ def compared_with_recorded(live: Sequence, recorded: Sequence) -> list[str]:
 
 
 def write_results(
-    table: pd.DataFrame, folder: str | Path, published: Mapping | None = None, notes: Iterable[str] = ()
+    table: pd.DataFrame,
+    folder: str | Path,
+    published: Mapping | None = None,
+    notes: Iterable[str] = (),
+    sections: Mapping[str, tuple[str, pd.DataFrame]] | None = None,
 ) -> list[Path]:
     """Write `results.md` (to be read) and `results.csv` (all columns) and return their paths.
 
     `notes` are further sentences, set below the table. Published rows, if given, let the page name the misquotations.
+    sections: heading -> (what has to be said, a further table), for the end of the page.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     first, *others = [*results_notes(table, published), *notes] or [""]
-    shown = shown_table(table)
-    lines = [shown.columns, ["---"] * 3 + ["---:"] * (shown.shape[1] - 3), *shown.to_numpy()]
-    grid = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    grid = markdown_table(shown_table(table), words=3)
     page = f"# Accuracy, percent\n\n{first}\n\n{grid}\n\n" + "".join(f"- {note}\n" for note in others)
+    for heading, (said, rows) in (sections or {}).items():
+        page += f"\n## {heading}\n\n{said}\n\n{markdown_table(rows, words=2)}\n"
     (folder / "results.md").write_text(page, encoding="utf-8")
     table.to_csv(folder / "results.csv", index=False, float_format="%.4g", lineterminator="\n")
     return [folder / "results.md", folder / "results.csv"]
+
+
+def markdown_table(shown: pd.DataFrame, words: int) -> str:
+    """The frame as a Markdown table; the first `words` columns are set to the left, the others to the right."""
+    lines = [shown.columns, ["---"] * words + ["---:"] * (shown.shape[1] - words), *shown.to_numpy()]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def cells_of(records: Sequence, failures: Sequence[Mapping]) -> dict[tuple, dict]:

@@ -16,6 +16,8 @@ PREAMBLE = (
 TEMPLATES = {
     "alpaca": PREAMBLE + "### Instruction:\n{instruction}\n\n### Response:\n",
     "alpaca-short": "### Instruction:\n{instruction}\n\n### Response:\n",
+    # Ends in a token that alpaca-short never has there, for evaluation after training with that.
+    "alpaca-short-other-end": "### Instruction:\n{instruction}\n\n### Response.\n",
     # The report's: every line after the first begins with 16 spaces, the one of the answer too.
     "alpaca-indented": PREAMBLE
     + "{pad}### Instruction:\n{pad}{{instruction}}\n{pad}\n{pad}### Response:\n{pad}".format(pad=16 * " "),

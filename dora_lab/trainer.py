@@ -64,12 +64,21 @@ class RunTrainer(Trainer):
     """One run's training; `micro` examples at a time over all processes, the profile's unless given.
 
     A checkpoint: `trainable.safetensors`, the optimizer's, scheduler's and random generators' states, the Trainer's
-    state with the curve so far, `progress.json` with times and update geometry so far, and the seal.
+    state with the curve so far, `progress.json` with times and update geometry so far, and the seal. With `chosen_on`,
+    rows that are not trained on, also `best.safetensors`, the state so far with the lowest loss on them; `train` ends
+    with it.
     Raises ValueError if the processes cannot share a micro-batch.
     """
 
     def __init__(
-        self, spec: RunSpec, model, rows: datasets.Dataset, folder: Path, progress: bool, micro: int | None = None
+        self,
+        spec: RunSpec,
+        model,
+        rows: datasets.Dataset,
+        folder: Path,
+        progress: bool,
+        micro: int | None = None,
+        chosen_on: datasets.Dataset | None = None,
     ):
         self.micro = micro = micro or spec.micro_batch_size or spec.batch_size
         half = spec.dtype == "float16" and torch.cuda.is_available()  # gradients too small for it are scaled up
@@ -121,16 +130,42 @@ class RunTrainer(Trainer):
         self.geometry: list[dict] = []
         self.train_time_s = self.steps_time_s = 0.0
         self.base_weights = base_weights(model) if spec.geometry else {}
+        self.chosen_on, self.best, self.best_state = chosen_on, {}, {}
 
     def train(self, *args, **kwargs):
         self._clock = time.perf_counter()
         output = super().train(*args, **kwargs)
         self._count_time()
+        if self.best:
+            self._set_trained(self.best_state)
         return output
 
     def measure_geometry(self, step: int) -> None:
         """Add the rows of this step; none if the run does not ask for them."""
         self.geometry += geometry(self.model, self.base_weights, step)
+
+    def compare_checkpoint(self, step: int) -> None:
+        """Keep this step's state if its loss on `chosen_on` is the lowest so far; the earlier one of two equal ones."""
+        if self.chosen_on is None:
+            return
+        loss = self._loss_on(self.chosen_on)
+        if loss < self.best.get("loss", math.inf):
+            self.best = {"step": step, "loss": loss}
+            self.best_state = {name: shards.whole(p.detach()).clone() for name, p in trained(self.model)}
+
+    @torch.no_grad()
+    def _loss_on(self, rows: datasets.Dataset) -> float:
+        """Cross-entropy per labelled token, without dropout."""
+        total, count, device = 0.0, 0, self.model.device
+        self.model.eval()
+        for first in range(0, len(rows), self.micro):
+            batch = collate(rows.select(range(first, min(first + self.micro, len(rows)))).to_list())
+            own = int((batch["labels"][:, 1:] != IGNORED).sum())
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, {name: value.to(device) for name, value in batch.items()})
+            total, count = total + loss.item() * own, count + own
+        self.model.train()
+        return total / count
 
     def _count_time(self) -> None:
         now = time.perf_counter()
@@ -172,17 +207,23 @@ class RunTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "trainable.safetensors")
         self._count_time()
-        kept = {name: getattr(self, name) for name in ("train_time_s", "steps_time_s", "geometry")}
+        if self.best:
+            save_file(self.best_state, folder / "best.safetensors")
+        kept = {name: getattr(self, name) for name in ("train_time_s", "steps_time_s", "geometry", "best")}
         write_text(folder / "progress.json", json.dumps(kept))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
-        saved = load_file(folder / "trainable.safetensors")
-        with torch.no_grad():
-            for name, parameter in trained(self.model):
-                parameter.copy_(shards.part(saved[name], like=parameter))
+        self._set_trained(load_file(folder / "trainable.safetensors"))
         for name, value in json.loads((folder / "progress.json").read_text()).items():
             setattr(self, name, value)
+        if self.best:
+            self.best_state = load_file(folder / "best.safetensors")
+
+    @torch.no_grad()
+    def _set_trained(self, state: dict[str, Tensor]) -> None:
+        for name, parameter in trained(self.model):
+            parameter.copy_(shards.part(state[name], like=parameter))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._change_states(lambda state, parameter: shards.whole(state))  # a checkpoint serves whole and sharded runs

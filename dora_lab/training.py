@@ -47,7 +47,7 @@ from dora_lab.records import (
     write_text,
 )
 from dora_lab.sealed import last_whole_checkpoint, writing
-from dora_lab.tasks import task
+from dora_lab.tasks import Example, task
 from dora_lab.trainer import RunTrainer, order
 
 NOTE = "micro_batch_size"  # file in a run's folder: how many examples at a time were left when memory ran out
@@ -98,16 +98,17 @@ def _run(spec: RunSpec, folder: Path, progress: bool) -> RunRecord:
         config = load_config(spec.base_model, spec.revision)
     check_vocabulary(spec.base_model, tokenizer, config.vocab_size)
     cutoff = getattr(config, "max_position_embeddings", None) if spec.cutoff_tokens == "auto" else spec.cutoff_tokens
-    rows, shortened = tokenized(
-        tokenizer, examples, spec.prompt, spec.append_eos, cutoff, spec.train_on_prompt, spec.cut
-    )
+    reading = (spec.prompt, spec.append_eos, cutoff, spec.train_on_prompt, spec.cut)
+    rows, shortened = tokenized(tokenizer, examples, *reading, spec.answers_cut)
     lengths = [len(ids) for ids in rows["input_ids"]]
     if shortened:
         lost = "their end, the answer with it" if spec.cut == "end" else "the beginning of their prompt"
-        warnings.warn(f"{shortened} of {len(rows)} training examples lose {lost} to {cutoff} tokens", stacklevel=2)
+        lost = "their answer to answers_cut" if spec.answers_cut else f"{lost} to {cutoff} tokens"
+        warnings.warn(f"{shortened} of {len(rows)} training examples lose {lost}", stacklevel=2)
     check_memory(spec, max(lengths))
+    chosen_on = tokenized(tokenizer, _held_out(spec), *reading)[0] if spec.best_of_checkpoints else None
 
-    trainer, trainable, total, resumed = _train(spec, rows, lengths, folder, progress)
+    trainer, trainable, total, resumed = _train(spec, rows, lengths, folder, progress, chosen_on)
     curve = curve_rows(trainer.state.log_history)
     began = time.perf_counter()
     predictions = _evaluate(spec, trainer, tokenizer, questions)
@@ -133,6 +134,7 @@ def _run(spec: RunSpec, folder: Path, progress: bool) -> RunRecord:
         micro_batch_size=trainer.micro,
         base_revision=getattr(trainer.model.config, "_commit_hash", None),
         processes=processes.count(),
+        chosen_step=trainer.best.get("step"),
     )
     record = RunRecord(spec, result, environment(spec.threads))
     if processes.is_first():
@@ -148,8 +150,19 @@ def _run(spec: RunSpec, folder: Path, progress: bool) -> RunRecord:
     return record
 
 
+def _held_out(spec: RunSpec) -> list[Example]:
+    """The validation examples on which the best checkpoint is chosen. Raises ValueError if there are too few."""
+    found = load_examples(spec.data, spec.task, "validation", spec.best_of_checkpoints, spec.validation_examples)
+    if len(found) < spec.best_of_checkpoints:
+        raise ValueError(
+            f"best_of_checkpoints asks for {spec.best_of_checkpoints} validation examples, {spec.task} has "
+            f"{len(found)}: set it lower"
+        )
+    return found
+
+
 def _train(
-    spec: RunSpec, rows: Dataset, lengths: list[int], folder: Path, progress: bool
+    spec: RunSpec, rows: Dataset, lengths: list[int], folder: Path, progress: bool, chosen_on: Dataset | None
 ) -> tuple[RunTrainer, int, int, bool]:
     """(the trainer after its last step, trained and total parameters, whether it went on from a checkpoint).
 
@@ -163,7 +176,7 @@ def _train(
     while True:
         full = ""
         try:
-            return _train_with(spec, rows, lengths, folder, progress, micro)
+            return _train_with(spec, rows, lengths, folder, progress, micro, chosen_on)
         except torch.OutOfMemoryError as error:  # what it holds of the failed step is freed behind this block
             full = str(error).splitlines()[0]
         gc.collect()
@@ -190,7 +203,13 @@ def _train(
 
 
 def _train_with(
-    spec: RunSpec, rows: Dataset, lengths: list[int], folder: Path, progress: bool, micro: int
+    spec: RunSpec,
+    rows: Dataset,
+    lengths: list[int],
+    folder: Path,
+    progress: bool,
+    micro: int,
+    chosen_on: Dataset | None,
 ) -> tuple[RunTrainer, int, int, bool]:
     shards.check(spec.method, spec.quantisation, spec.optimizer, spec.dtype)
     device = "cpu" if shards.asked_for() else processes.device()  # a GPU is to hold its part alone
@@ -198,7 +217,7 @@ def _train_with(
         model = load_model(spec.base_model, spec.dtype, device, spec.revision, spec.quantisation)
     attach(model, spec.adapter_config, torch.Generator().manual_seed(spec.seed))
     trainable, total = trainable_parameters(model)
-    trainer = RunTrainer(spec, model, rows.select(order(lengths, spec)), folder, progress, micro)
+    trainer = RunTrainer(spec, model, rows.select(order(lengths, spec)), folder, progress, micro, chosen_on)
     checkpoint = processes.told_by_first(lambda: last_whole_checkpoint(folder / "checkpoints"))
     if checkpoint and progress:
         print(f"going on from step {checkpoint.name.rpartition('-')[2]}", flush=True)
@@ -217,7 +236,8 @@ def _evaluate(spec: RunSpec, trainer: RunTrainer, tokenizer, questions: list) ->
     shared = processes.count() > 1 and not shards.is_sharded(trainer.model)
     own = questions[processes.rank() :: processes.count()] if shared else questions
     try:
-        found = answer(trainer.model, tokenizer, own, spec.prompt, spec.evaluation_batch_size) if own else []
+        template = spec.evaluation_prompt or spec.prompt
+        found = answer(trainer.model, tokenizer, own, template, spec.evaluation_batch_size) if own else []
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
             f"out of GPU memory with {spec.evaluation_batch_size} questions at a time: set evaluation_batch_size lower"

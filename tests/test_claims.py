@@ -22,6 +22,7 @@ from dora_lab.claims import (
     find_test,
     layers,
     ledger,
+    mini_faults,
     mini_runs,
     quotes,
     read_claims,
@@ -33,7 +34,10 @@ from dora_lab.profiles import PROJECT
 from dora_lab.tables import read_published
 
 CLAIMS = read_claims()
-MODULES = {module.__name__.rpartition(".")[2]: module for module in (counts, layers, mini_runs, quotes, report_runs)}
+MODULES = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (counts, layers, mini_faults, mini_runs, quotes, report_runs)
+}
 ROW = {"id": "a", "claim": "b", "where": "c", "how": "d", "test": "counts.saving"}
 PAGE = PROJECT / "figures" / "claims.md"
 
@@ -152,7 +156,7 @@ def test_the_page_counts_verdicts_and_has_a_row_a_claim(tmp_path):
     assert "- holds (2)" in page and "- depends (1)" in page and page.count("| x \\| y |") == 5
 
 
-@pytest.mark.parametrize("module", ["counts", "quotes", "mini_runs"])
+@pytest.mark.parametrize("module", ["counts", "quotes", "mini_runs", "mini_faults"])
 def test_the_committed_page_is_what_the_tests_say_now(module):
     chosen = [claim for claim in CLAIMS if claim.test.startswith(module)]
     now = rows_of(claims_page(run_claims(chosen)), {claim.id for claim in chosen})

@@ -22,6 +22,7 @@ from dora_lab.comparison_tables import (
     mcnemar_table,
     question_shares,
     question_table,
+    sweep_section,
     sweep_table,
 )
 from dora_lab.comparisons import count_pairs
@@ -119,6 +120,17 @@ def test_the_sweep_is_shown_at_one_rate_and_at_each_best():
     assert table.loc["0.1", ["LoRA", "DoRA", "points"]].tolist() == pytest.approx([55, 70, 15])
     assert pd.isna(table.loc["1", "DoRA"])  # a rate at which a run failed
     assert table.loc["each at its best", ["LoRA", "DoRA"]].tolist() == pytest.approx([80, 70])
+
+
+def test_the_results_page_has_the_sweep_in_text():
+    ((heading, (said, shown)),) = sweep_section(sweep_rows()).items()
+    assert heading == "One rate for both, and each at its best" and "mean over 2 seeds" in said
+    assert shown.to_numpy().tolist() == [
+        ["BoolQ", "0.1", "55.0", "70.0", "+15.0"],
+        ["BoolQ", "1", "80.0", "failed", "failed"],
+        ["BoolQ", "each at its best", "80.0", "70.0", "-10.0"],
+    ]
+    assert sweep_section([]) == {}
 
 
 def test_the_sweeps_figure_rings_the_best_and_marks_what_failed():

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dora_lab.data import IGNORED, data_sha256, load_examples, shortened, tokenized
+from dora_lab.tasks import prompt
 
 
 def test_ids_say_where_an_example_comes_from(tiny_data):
@@ -115,6 +116,17 @@ def test_a_long_prompt_loses_its_beginning_and_never_its_answer(tiny_data, tiny_
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end token"):
         tokenized(tokenizer, examples, "alpaca-short", append_eos=True, cutoff_tokens=64)
+
+
+def test_a_share_of_the_examples_ends_where_its_answer_begins(tiny_data, tiny_base):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    examples = load_examples(str(tiny_data), "boolq", "train")
+    reading = (tokenizer, examples, "alpaca-short", True, 64, True, "prompt")
+    (whole, none), (rows, count), (again, _) = (tokenized(*reading, share) for share in (0.0, 0.3, 0.3))
+    cut = [i for i, (a, b) in enumerate(zip(whole, rows, strict=True)) if a != b]
+    assert none == 0 and count == len(cut) == round(0.3 * len(rows)) and rows["input_ids"] == again["input_ids"]
+    for i in cut:
+        assert rows[i]["labels"] == rows[i]["input_ids"] == tokenizer(prompt(examples[i], "alpaca-short"))["input_ids"]
 
 
 def test_shortening_keeps_the_begin_token():

@@ -192,6 +192,17 @@ def test_written_table_sets_the_mini_world_apart_and_names_misquotations(tmp_pat
         assert "| " + " | ".join(line) + " |" in page
 
 
+def test_a_further_section_ends_the_page(tmp_path):
+    rows = pd.DataFrame({"task": ["BoolQ"], "rate": ["a|b"], "points": ["+1.0"]})
+    figures.write_results(
+        figures.results_table(RECORDS, [], PUBLISHED, "mini"), tmp_path, sections={"More": ("Why.", rows)}
+    )
+    page = (tmp_path / "results.md").read_text()
+    assert page.endswith(
+        "\n## More\n\nWhy.\n\n| task | rate | points |\n| --- | --- | ---: |\n| BoolQ | a\\|b | +1.0 |\n"
+    )
+
+
 def test_written_csv_holds_the_same_numbers(tmp_path):
     table = figures.results_table(RECORDS, FAILURES, PUBLISHED, "mini")
     figures.write_results(table, tmp_path)

@@ -110,6 +110,7 @@ def test_the_llama_profiles_are_the_reports_six_runs_and_the_papers_recipe():
     assert not mended.train_on_prompt and mended.gradient_checkpointing and mended.cutoff_tokens == "auto"
     assert reported.train_on_prompt and not reported.gradient_checkpointing and reported.cut == "end"
     assert (reported.cutoff_tokens, reported.dtype, reported.evaluation) == (256, "float16", "generate")
+    assert (reported.best_of_checkpoints, mended.best_of_checkpoints) == (120, None)
     assert paper.tasks == ["commonsense_170k"] and paper.evaluation == "generate"
 
 
@@ -144,7 +145,11 @@ def test_a_variant_is_the_profile_with_its_own_values(tmp_path, tiny_profile):
         ({"short": {"cutoff": 9}}, "variant 'short': cutoff: Unexpected keyword argument"),
         ({"short": {"cutoff_tokens": 0}}, "variant 'short': .*got 0"),
         ({"short": {"seeds": [3], "tasks": ["boolq"]}}, "variant 'short' cannot change seeds, tasks"),
-        ({"short": {"cut": "end"}}, "variant 'short': .*needs train_on_prompt true"),
+        ({"short": {"cut": "end"}}, "variant 'short': .*cut 'end' .*needs train_on_prompt true"),
+        ({"short": {"answers_cut": 0.5}}, "variant 'short': .*answers_cut .*needs train_on_prompt true"),
+        ({"short": {"answers_cut": 1.0}}, "variant 'short': answers_cut: .*less than 1, got 1.0"),
+        ({"short": {"best_of_checkpoints": 11}}, "best_of_checkpoints 11: .*fewer validation_examples"),
+        ({"short": {"evaluation_prompt": "alpacca"}}, "variant 'short': evaluation_prompt: .*got 'alpacca'"),
     ],
 )
 def test_a_variant_that_cannot_be_is_named(tmp_path, tiny_profile, variants, message):

@@ -62,7 +62,7 @@ def folder(record, tmp_path):
 
 OTHER_CHOICE = {"method": "lora", "split": "validation", "task": "winogrande", "evaluation": "generate"}
 OTHER_CHOICE |= {"revision": "other", "tokenizer": "other", "quantisation": "nf4", "optimizer": "adamw-8bit"}
-OTHER_CHOICE |= {"cut": "end", "variant": "other", "initialisation": "pissa"}
+OTHER_CHOICE |= {"cut": "end", "variant": "other", "initialisation": "pissa", "evaluation_prompt": "alpaca"}
 
 
 def test_every_field_but_names_and_places_moves_the_identity(tiny_spec):
@@ -85,9 +85,8 @@ def test_every_recorded_run_has_the_identity_that_its_folder_has():
         assert {r.spec.run_id for r in records} == {path.parent.name for path in folder.glob("*/record.json")}
         for spec in (record.spec for record in records):
             rate, steps = spec.learning_rate, spec.steps  # a rate may have been tuned since
-            again = RunSpec.from_profile(
-                profile, spec.task, spec.method, spec.rank, spec.seed, rate, steps, spec.split, spec.variant
-            )
+            kind = (spec.task, spec.method, spec.rank, spec.seed)
+            again = RunSpec.from_profile(profile, *kind, rate, steps, spec.split, spec.variant)
             assert (folder / again.run_id / "record.json").is_file(), f"{spec.run_id} is now {again.run_id}"
         assert of_profile(profile, records)
 
@@ -142,6 +141,13 @@ def test_what_cannot_be_attached_is_refused_before_anything_is_loaded(tiny_profi
 def test_a_run_that_cannot_be_is_refused(tiny_profile, arguments, message):
     with pytest.raises(ValueError, match=message):
         RunSpec.from_profile(load_profile(tiny_profile), **{"task": "boolq", "method": "dora"} | arguments)
+
+
+def test_a_checkpoint_is_not_chosen_on_what_it_is_scored_on(tiny_profile):
+    profile = replace(load_profile(tiny_profile), best_of_checkpoints=5)
+    assert RunSpec.from_profile(profile, "boolq", "dora").best_of_checkpoints == 5
+    with pytest.raises(ValueError, match="chooses on validation examples.*take split test"):
+        RunSpec.from_profile(profile, "boolq", "dora", split="validation")
 
 
 # --- notebook parameters ---

@@ -147,6 +147,77 @@ def test_accumulated_steps_equal_one_large_step(tiny_spec, tmp_path):
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)
 
 
+def test_a_run_may_be_asked_with_another_prompt_than_it_was_trained_with(uninterrupted, tiny_spec, tiny_base, tmp_path):
+    spec = tiny_spec(evaluation_prompt="alpaca")
+    finetune(spec, tmp_path, progress=False)
+    folder, plain = run_folder(tmp_path, spec), uninterrupted["dora"]
+    assert (folder / "curve.jsonl").read_bytes() == (plain / "curve.jsonl").read_bytes()
+    model, tokenizer = load_base(str(tiny_base))
+    load_adapter(model, plain / "adapter")
+    questions = load_examples(spec.data, spec.task, "test")
+    again = likelihood(model, tokenizer, questions, "alpaca", spec.evaluation_batch_size)
+    assert [as_row(p) for p in again] == read_predictions(folder) != read_predictions(plain)
+
+
+# --- the best of the checkpoints ---
+
+
+@pytest.fixture
+def held_out_losses(monkeypatch):
+    """`held_out_losses(losses)` lets every checkpoint have that loss by its step; returns the states seen, by step."""
+    states = {}
+
+    def give(losses: dict[int, float]):
+        def loss(self, rows):
+            assert len(rows) == 10
+            states[self.state.global_step] = {n: p.detach().clone() for n, p in trainer.trained(self.model)}
+            return losses[self.state.global_step]
+
+        monkeypatch.setattr(trainer.RunTrainer, "_loss_on", loss)
+        return states
+
+    return give
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [({3: 3, 6: 1, 9: 2, 12: 4}, 6), ({3: 1, 6: 1, 9: 1, 12: 1}, 3), ({3: 4, 6: 3, 9: 2, 12: 1}, 12)],
+)
+def test_the_checkpoint_with_the_lowest_loss_is_the_runs(tiny_spec, tmp_path, held_out_losses, losses, best):
+    states, spec = held_out_losses(losses), tiny_spec(best_of_checkpoints=10)
+    assert finetune(spec, tmp_path, progress=False).result.chosen_step == best
+    saved = load_file(run_folder(tmp_path, spec) / "adapter" / "adapter_model.safetensors")
+    ours = sorted(float(value.sum()) for value in saved.values())
+    assert ours == pytest.approx(sorted(float(value.sum()) for value in states[best].values()))
+
+
+def test_too_few_examples_to_choose_on_are_said(tiny_spec, tmp_path):
+    with pytest.raises(ValueError, match="asks for 11 validation examples, boolq has 10: set it lower"):
+        finetune(tiny_spec(best_of_checkpoints=11), tmp_path, progress=False)
+
+
+def test_choosing_leaves_training_as_it_is(uninterrupted, tiny_spec, tmp_path):
+    """The loss on held-out examples draws no random numbers, though this run has dropout."""
+    spec = tiny_spec(best_of_checkpoints=10)
+    assert finetune(spec, tmp_path, progress=False).result.chosen_step in (3, 6, 9, 12)
+    for name in ("curve.jsonl", "geometry.jsonl"):
+        assert (run_folder(tmp_path, spec) / name).read_bytes() == (uninterrupted["dora"] / name).read_bytes()
+
+
+@pytest.mark.parametrize("checkpoints", [1, 3, 4])
+def test_a_stopped_run_remembers_the_best_checkpoint(tiny_spec, tmp_path, held_out_losses, checkpoints):
+    held_out_losses({3: 3, 6: 1, 9: 2, 12: 4})
+    spec = tiny_spec(best_of_checkpoints=10)
+    finetune(spec, tmp_path / "whole", progress=False)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _stop_after(monkeypatch, checkpoints)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(spec, tmp_path / "stopped", progress=False)
+    result = finetune(spec, tmp_path / "stopped", progress=False).result
+    assert result.resumed and result.chosen_step == 6
+    assert _same(run_folder(tmp_path / "whole", spec), run_folder(tmp_path / "stopped", spec))
+
+
 # --- repeating and going on ---
 
 

@@ -18,7 +18,8 @@ from dora_lab.profiles import PROJECT, explain
 from dora_lab.records import write_text
 
 CLAIMS = PROJECT / "data" / "claims.yaml"
-TESTS = ("counts", "layers", "mini_runs", "quotes", "report_runs")  # modules of this package that hold tests
+# modules of this package that hold tests
+TESTS = ("counts", "layers", "mini_faults", "mini_runs", "quotes", "report_runs")
 Verdict = Literal["holds", "does not hold", "depends", "not testable here"]
 VERDICTS = Verdict.__args__
 MEANING = {

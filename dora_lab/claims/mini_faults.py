@@ -1,0 +1,52 @@
+"""Claims tested by putting faults into the mini-world's runs, one at a time (`dora_lab.faults`)."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from dora_lab.claims.ledger import NotHere, Outcome
+from dora_lab.faults import Effect, effects, read_answers, uneven
+from dora_lab.statistics import Interval, wording
+from dora_lab.tables import METHOD_NAMES, TASK_NAMES
+
+
+def lowers_accuracy(claimed: Mapping[str, Any]) -> Outcome:
+    """What one fault does to one method's accuracy, task by task."""
+    fault, method = claimed["fault"], claimed["method"]
+    own = [one for one in _effects() if one.fault == fault]
+    said = [wording(one.change[method]) for one in own]
+    parts = [f"{TASK_NAMES[one.task]} {_points(one.change[method])}" for one in own]
+    if not own:
+        raise NotHere(f"no runs of the fault {fault} are recorded: `dora-lab reproduce --profile mini-faults`")
+    verdict = "holds" if set(said) == {"behind"} else "does not hold" if set(said) == {"ahead"} else "depends"
+    return Outcome(verdict, "; ".join(parts), f"recorded {METHOD_NAMES[method]} runs, mini-world, {_seeds(own)}")
+
+
+def comparison_stays(claimed: Mapping[str, Any]) -> Outcome:
+    """Whether any fault, alone, moves DoRA minus LoRA, with Holm's correction over faults and tasks."""
+    several = [one for one in _effects() if len(one.seeds) > 1]
+    if not several:
+        raise NotHere("no fault has runs of several seeds: `dora-lab reproduce --profile mini-faults`")
+    moved = [(one, p) for one, p in uneven(several)]
+    clear = [p < claimed["level"] for _, p in moved]
+    parts = [f"{one.fault} on {TASK_NAMES[one.task]} {_points(one.turn)}, p {p:.2g}" for one, p in moved]
+    number = f"moved in {len(moved)} of {len(several)} cases, {sum(clear)} after Holm"
+    verdict = "does not hold" if any(clear) else "depends"
+    return Outcome(verdict, "; ".join([number, *parts]), f"recorded runs with a fault, mini-world, {_seeds(several)}")
+
+
+@cache
+def _effects() -> list[Effect]:
+    found = effects(read_answers())
+    if not found:
+        raise NotHere("no runs of profile mini-faults are recorded: `dora-lab reproduce --profile mini-faults`")
+    return found
+
+
+def _points(one: Interval) -> str:
+    return f"{100 * one.estimate:+.1f} points ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
+
+
+def _seeds(found: list[Effect]) -> str:
+    counts = sorted({len(one.seeds) for one in found})
+    return f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
