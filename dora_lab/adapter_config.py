@@ -77,7 +77,7 @@ class AdapterConfig:
         if self.rank is None:
             return self
         rank, alpha = (
-            next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+            next((value for key, value in pattern.items() if is_matched(name, key)), default)
             for pattern, default in ((self.rank_pattern, self.rank), (self.alpha_pattern, self.alpha))
         )
         return replace(self, rank=rank, alpha=alpha)
@@ -86,3 +86,8 @@ class AdapterConfig:
 def is_named(name: str, target: str) -> bool:
     """Whether a module's name is what a target says: the whole name, or all that follows a dot."""
     return name == target or name.endswith("." + target)
+
+
+def is_matched(name: str, key: str) -> bool:
+    """Whether a key of a rank or alpha pattern, a regular expression, is for a module: PEFT's rule."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None

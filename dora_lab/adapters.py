@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_lab import geometry
-from dora_lab.adapter_config import LLAMA_TARGETS, METHODS, AdapterConfig, is_named
+from dora_lab.adapter_config import LLAMA_TARGETS, METHODS, AdapterConfig, is_matched, is_named
 from dora_lab.kernels import (
     NormCache,
     dora_correction,
@@ -234,6 +234,10 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     for target in config.magnitude_only:
         if not any(is_named(name, target) for name in found):
             raise ValueError(f"magnitude_only names {target!r}, which is not among the target modules: add it to them")
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        for key in pattern:
+            if not any(is_matched(name, key) for name in found):
+                raise ValueError(f"a pattern names {key!r}, which is none of the target modules: correct or remove it")
     for name, module in found.items():
         if isinstance(module, Adapter):
             raise ValueError(f"target module {name} is adapted already: load the base model anew")

@@ -46,6 +46,9 @@ class Profile:
     of them at a time where it is given. cutoff_tokens "auto": the longest prompt with its answer; cut: what one that is
     longer loses, the beginning of its "prompt" or its "end", answer included. jobs: runs at a time, for the grid.
 
+    rank_pattern, alpha_pattern: ranks and alphas of single modules, as in `AdapterConfig`; where only its rank is given,
+    a module's alpha is `scaling * rank`.
+
     variants: name -> values that differ from the profile's own (`variant`). The grid is the plain runs and those of
     every variant.
     """
@@ -92,6 +95,8 @@ class Profile:
     train_on_prompt: bool = False
     cut: Literal["prompt", "end"] = "prompt"
     jobs: Positive | None = None
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dora_lab import tasks
@@ -106,6 +106,8 @@ class RunSpec:
     length_grouped: bool = False
     train_on_prompt: bool = False
     cut: Literal["prompt", "end"] = "prompt"
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
     variant: str | None = None
 
     @property
@@ -157,7 +159,11 @@ class RunSpec:
         if method in LOW_RANK and rank is None:
             rank = profile.rank
         values = {f.name: getattr(profile, f.name) for f in dataclasses.fields(cls) if hasattr(profile, f.name)}
+        ranks = profile.rank_pattern if method in LOW_RANK else {}
+        alphas = profile.alpha_pattern if method in LOW_RANK else {}
         values |= {
+            "rank_pattern": ranks,
+            "alpha_pattern": {name: profile.scaling * own for name, own in ranks.items()} | alphas,
             "profile": profile.name,
             "task": task,
             "method": method,
@@ -183,7 +189,8 @@ class RunSpec:
         for local in ("base_model", "data", "tokenizer"):  # their hashes say what they are; a path says only where
             del values[local]
         for field in dataclasses.fields(self):
-            if field.default is not dataclasses.MISSING and values.get(field.name) == field.default:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if default is not dataclasses.MISSING and values.get(field.name) == default:
                 values.pop(field.name, None)
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         rank = "" if self.rank is None else f"-r{self.rank}"

@@ -170,7 +170,8 @@ def _train_with(
     spec: RunSpec, rows: Dataset, lengths: list[int], folder: Path, progress: bool, micro: int
 ) -> tuple[RunTrainer, int, int, bool]:
     model = load_model(spec.base_model, spec.dtype, processes.device(), spec.revision, spec.quantisation)
-    config = AdapterConfig(spec.method, spec.rank, spec.alpha, spec.dropout, tuple(spec.target_modules))
+    patterns = {"rank_pattern": spec.rank_pattern, "alpha_pattern": spec.alpha_pattern}
+    config = AdapterConfig(spec.method, spec.rank, spec.alpha, spec.dropout, tuple(spec.target_modules), **patterns)
     attach(model, config, torch.Generator().manual_seed(spec.seed))
     trainable, total = trainable_parameters(model)
     trainer = RunTrainer(spec, model, rows.select(order(lengths, spec)), folder, progress, micro)
