@@ -4,7 +4,7 @@ Two rules turn scores into ranks. Both start every module at rank 1, never pass 
 
     one number a module      rank in proportion to it; what rounding leaves goes to the largest remainders
     (stable, effective rank)
-    a spectrum a module      rank after rank to the module whose next component is worth most for each parameter it costs
+    a spectrum a module      rank after rank to the module whose next component is worth most for every parameter
     (update, activations, gradient)
 
 The second is the best choice of components for what the spectrum measures, as singular values fall. alpha / rank is the
@@ -69,7 +69,7 @@ def allocate_ranks(
         uniform             the largest rank that all can have
         stable_rank         in proportion to ‖W‖_F² / ‖W‖₂² of the frozen weight
         effective_rank      in proportion to exp(spectral entropy) of the frozen weight (Roy and Vetterli, 2007)
-        update_spectrum     by σ² of the update of a short training of the whole weights: the sum of what is kept is largest
+        update_spectrum     by σ² of the update that a short training of the whole weights made
         explained_variance  by the share of a component in the variance of the module's input (EVA, arXiv 2410.07170)
         gradient_spectrum   by σ² of the loss's gradient at the frozen weight
         shuffled            `of`'s ranks dealt at random, of `seed`, among modules where a rank costs the same
@@ -78,7 +78,7 @@ def allocate_ranks(
     EVA takes the largest shares whatever they cost; here a share counts for each parameter, as the budget is one of
     parameters. The three measured criteria need `batches` (input_ids and labels, as `probes` says) or the `spectra`
     that a probe gave for the same modules.
-    Controls keep to modules of equal cost: with two costs, budget and number of ranks fix the total of each kind anyway.
+    Controls keep to modules of equal cost: dealt across, the same ranks would take another number of parameters.
     Raises ValueError for an unknown criterion, a budget that does not give rank 1 everywhere, or a missing argument.
     """
     linears = target_linears(model, target_modules)
@@ -90,7 +90,7 @@ def allocate_ranks(
     if criterion in CONTROLS:
         if of is None or of.rank_pattern.keys() != shapes.keys():
             raise ValueError(
-                f"criterion {criterion!r} deals other ranks anew: give an allocation of this model as `of`"
+                f"criterion {criterion!r} deals ranks anew: give an allocation of this model as `of`"
             )
         ranks = of.rank_pattern
         ranks = shuffled_ranks(shapes, ranks, seed) if criterion == "shuffled" else reversed_ranks(shapes, ranks)

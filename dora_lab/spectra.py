@@ -51,7 +51,7 @@ def singular_values(weight: Tensor, components: int | None = None, seed: int = 0
 
 
 def stable_rank(weight: Tensor) -> float:
-    """‖W‖_F² / σ1² of a weight (out, in): between 1 and its rank; 0 for a weight of zeros. One value, so it is cheap."""
+    """‖W‖_F² / σ1² of a weight (out, in): between 1 and its rank; 0 for a weight of zeros. It takes σ1 alone."""
     first = singular_values(weight, components=1)[0].item()
     return frobenius(weight) ** 2 / first**2 if first else 0.0
 
@@ -124,7 +124,7 @@ def weight_files(folder: Path, target_modules: Iterable[str]) -> dict[str, Path]
 
 
 def load_weight(path: Path, name: str) -> Tensor:
-    """The weight (out, in) of one module, alone in memory: a file that stayed open would count with all that was read."""
+    """The weight (out, in) of one module. The file is closed behind it: what is mapped counts as memory."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
