@@ -42,14 +42,20 @@ def target_linears(model: nn.Module, target_modules: Iterable[str] = LLAMA_TARGE
 
 
 def gradient_spectra(
-    model: nn.Module, batches: Sequence[Batch], target_modules: Iterable[str] = LLAMA_TARGETS
+    model: nn.Module,
+    batches: Sequence[Batch],
+    target_modules: Iterable[str] = LLAMA_TARGETS,
+    components: int | None = None,
 ) -> dict[str, Tensor]:
-    """Singular values of the mean gradient ∂L/∂W over the batches, per module: σ² is what a step along it gains."""
+    """Singular values of the mean gradient ∂L/∂W over the batches, per module: σ² is what a step along it gains.
+
+    components: so many of each, by randomised SVD; all if left out.
+    """
     weights = _trainable_weights(model, target_modules)
     with _frozen_but(model, weights.values()):
         for batch in batches:
             (_loss(model, batch) / len(batches)).backward()
-        spectra = {name: singular_values(weight.grad) for name, weight in weights.items()}
+        spectra = {name: singular_values(weight.grad, components) for name, weight in weights.items()}
         for weight in weights.values():
             weight.grad = None
     return spectra
@@ -93,11 +99,13 @@ def update_spectra(
     model: nn.Module,
     batches: Sequence[Batch],
     target_modules: Iterable[str] = LLAMA_TARGETS,
+    components: int | None = None,
     learning_rate: float = LEARNING_RATE,
 ) -> dict[str, Tensor]:
     """Singular values of ΔW after a short training of the whole target weights: AdamW, a step a batch.
 
     The training is what an adapter stands in for: the same modules, at full rank. It runs on a copy of the model.
+    components: so many of each, by randomised SVD; all if left out.
     """
     before = {name: weight.detach().clone() for name, weight in _trainable_weights(model, target_modules).items()}
     trained = copy.deepcopy(model)
@@ -109,7 +117,8 @@ def update_spectra(
             torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    return difference_spectra(before, {name: weight.detach() for name, weight in weights.items()})
+    after = {name: weight.detach() for name, weight in weights.items()}
+    return difference_spectra(before, after, components)
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -46,8 +46,8 @@ class Profile:
     of them at a time where it is given. cutoff_tokens "auto": the longest prompt with its answer; cut: what one that is
     longer loses, the beginning of its "prompt" or its "end", answer included. jobs: runs at a time, for the grid.
 
-    rank_pattern, alpha_pattern: ranks and alphas of single modules, as in `AdapterConfig`; one that is given a rank and no
-    alpha has `scaling * rank`.
+    rank_pattern, alpha_pattern: ranks and alphas of single modules, as in `AdapterConfig`; beside a rank
+    without an alpha, alpha is `scaling * rank`.
 
     variants: name -> values that differ from the profile's own (`variant`). The grid is the plain runs and those of
     every variant.

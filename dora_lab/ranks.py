@@ -7,10 +7,11 @@ Two rules turn scores into ranks. Both start every module at rank 1, never pass 
     a spectrum a module      rank after rank to the module whose next component is worth most for every parameter
     (update, activations, gradient)
 
-The second is the best choice of components for what the spectrum measures, as singular values fall. alpha / rank is the
-same in every module, so that a component is scaled alike wherever it stands.
+As singular values fall, the second keeps as much of what the spectrum measures as the budget can, but for what is left
+at its end. alpha / rank is the same in every module, so that a component is scaled alike wherever it stands.
 """
 
+import bisect
 import heapq
 import random
 from collections import defaultdict
@@ -89,9 +90,7 @@ def allocate_ranks(
         raise ValueError(f"method {method!r} has no ranks: choose lora or dora")
     if criterion in CONTROLS:
         if of is None or of.rank_pattern.keys() != shapes.keys():
-            raise ValueError(
-                f"criterion {criterion!r} deals ranks anew: give an allocation of this model as `of`"
-            )
+            raise ValueError(f"criterion {criterion!r} deals ranks anew: give an allocation of this model as `of`")
         ranks = of.rank_pattern
         ranks = shuffled_ranks(shapes, ranks, seed) if criterion == "shuffled" else reversed_ranks(shapes, ranks)
     elif criterion in MEASURES:
@@ -103,11 +102,8 @@ def allocate_ranks(
     elif criterion == "uniform":
         ranks = _uniform(shapes, budget, method)
     else:
-        weights = {name: weight_of(linear) for name, linear in linears.items()}
-        scores = {
-            name: stable_rank(weight) if criterion == "stable_rank" else effective_rank(singular_values(weight))
-            for name, weight in weights.items()
-        }
+        score = stable_rank if criterion == "stable_rank" else effective_rank
+        scores = {name: score(singular_values(weight_of(linear))) for name, linear in linears.items()}
         ranks = proportional_ranks(shapes, budget, scores, method)
     alphas = {name: scaling * rank for name, rank in ranks.items()}
     return RankAllocation(criterion, dict(ranks), alphas, adapter_parameters(shapes, ranks, method), budget)
@@ -148,12 +144,17 @@ def proportional_ranks(
     def wanted(factor: Fraction) -> dict[str, Fraction]:
         return {name: min(max(factor * own, Fraction(1)), Fraction(largest[name])) for name, own in weights.items()}
 
-    low, high = Fraction(0), Fraction(max(largest.values())) / min(own for own in weights.values() if own)
-    for _ in range(64):
-        middle = (low + high) / 2
-        fits = adapter_parameters(shapes, wanted(middle), method) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    exact = wanted(low)
+    def cost(factor: Fraction) -> Fraction:
+        return adapter_parameters(shapes, wanted(factor), method)
+
+    # The cost is a straight line between the factors at which a module leaves rank 1 or is full.
+    corners = sorted({end / own for name, own in weights.items() if own for end in (1, largest[name])})
+    place = bisect.bisect_right(corners, budget, key=cost)
+    factor = corners[place - 1]
+    if place < len(corners):
+        here, there = cost(factor), cost(corners[place])
+        factor += (budget - here) * (corners[place] - factor) / (there - here)
+    exact = wanted(factor)
     ranks = {name: int(own) for name, own in exact.items()}
     order = sorted(shapes, key=lambda name: (ranks[name] - exact[name], ranks[name]))  # sorted keeps ties in order
     return _spent(shapes, budget, ranks, order, method)
