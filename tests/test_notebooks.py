@@ -61,6 +61,11 @@ SEEN = {
     "10": [r"after step 3: 3 norms a layer", r"recorded, not computed here"],
     "11": [r"total +\d+\.\d\d GB", r"fits on 40 GB up to \d+ tokens"],
     "12": [r"would have been called a win", r"does not hold +\d+", r"with gradient checkpointing: \d+\.\d GB"],
+    "13": [
+        r"stable_rank +[\d,]+ parameters, .*: True",
+        r"update spectrum minus its own ranks shuffled: ",
+        r"dora: \d\d",
+    ],
 }
 
 
