@@ -236,9 +236,10 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
             linear = sorted({name.rpartition(".")[2] for name, module in modules.items() if is_linear(module)})
             raise ValueError(f"target module {target!r} is not in the model: its linear layers are {', '.join(linear)}")
         found |= matches
-    for key in config.method_pattern:
-        if not any(fits_pattern(name, key) for name in found):
-            raise ValueError(f"method_pattern names {key!r}, which is not among the target modules: add it to them")
+    for pattern in ("method_pattern", "rank_pattern", "alpha_pattern"):
+        for key in getattr(config, pattern):
+            if not any(fits_pattern(name, key) for name in found):
+                raise ValueError(f"{pattern} names {key!r}, which is not among the target modules: add it to them")
     found = {name: module for name, module in found.items() if config.of_module(name) is not None}
     if not found:
         raise ValueError("method_pattern leaves every target module frozen: give one of them a method that trains")

@@ -17,7 +17,8 @@ from dora_lab.pipeline import RECORDED, RESULT_CHAPTERS, run_chapter
 from dora_lab.profiles import PROJECT, load_profile
 
 WORKER = "07_fine_tune"  # one run: shown as it stands, because a run is not a chapter to print
-WRITE_FIGURES = (*RESULT_CHAPTERS, "10_the_cost_of_dora", "12_auditing_the_report", "14_hybrid_adapters")
+RANKS = "13_choosing_ranks"
+WRITE_FIGURES = (*RESULT_CHAPTERS, "10_the_cost_of_dora", "12_auditing_the_report", RANKS, "14_hybrid_adapters")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CONFIGURATION = """\
 project = "DoRA Lab"
@@ -69,6 +70,8 @@ def chapter_parameters(name: str, profile: str, folder: Path) -> dict[str, str]:
         parameters["figures_dir"] = str(folder / "figures")
     elif name == "06_the_mini_world":
         parameters["runs_dir"] = str(folder / "runs")
+    if name == RANKS:
+        parameters["live_dir"] = str(folder / "runs")
     return parameters
 
 

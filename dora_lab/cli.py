@@ -159,6 +159,57 @@ def pretrain(
 
 
 @app.command()
+def spectra(
+    model: Annotated[str, typer.Option(help="mini-world, or a folder with a model's .safetensors files.")],
+    out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("spectra.csv"),
+    target: Annotated[
+        list[str] | None, typer.Option(help="Linear layers; q, k, v, up and down_proj if left out.")
+    ] = None,
+) -> None:
+    """Stable and effective rank of every weight, one matrix in memory at a time. Resumes."""
+    from dora_lab.adapter_config import LLAMA_TARGETS
+    from dora_lab.models import base_folder
+    from dora_lab.spectra import write_spectra
+
+    try:
+        folder = base_folder(model)
+        if folder is None:
+            raise ValueError(f"{model} is no folder: fetch the model and give its folder, beginning with ./ or /")
+        rows = write_spectra(folder, out, target or LLAMA_TARGETS, typer.echo)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: finished rows are kept; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{len(rows)} weights: {out}")
+
+
+@app.command()
+def allocate(
+    out: Annotated[Path, typer.Argument(help="Profile to write, NAME.yaml: a variant for every criterion and budget.")],
+    profile: Annotated[str, typer.Option(help="Name of the profile that it extends.")] = "mini",
+    task: Annotated[list[str] | None, typer.Option(help="These tasks; the profile's if left out.")] = None,
+    rank: Annotated[list[int] | None, typer.Option(min=1, help="Budgets, as uniform ranks; 2 and 4.")] = None,
+    method: Annotated[str, typer.Option(help="lora or dora.")] = "dora",
+) -> None:
+    """Choose a rank for every module by each criterion, within the budget of a uniform rank, and write a profile."""
+    from dataclasses import replace
+
+    from dora_lab.profiles import load_profile
+    from dora_lab.rank_study import allocate_all, profile_text
+    from dora_lab.records import write_text
+
+    try:
+        loaded = load_profile(profile)
+        loaded = replace(loaded, tasks=task or loaded.tasks)
+        found = allocate_all(loaded, rank or [2, 4], method, report=typer.echo)
+        write_text(out, profile_text(out.stem, loaded, method, found))
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(f"written: {out}")
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Option(help="llama-7b, llama3-8b, …, or a folder with a config.json.")] = "llama-7b",
     method: Annotated[str, typer.Option(help="full, lora, dora or dora-peft.")] = "dora",

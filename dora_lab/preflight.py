@@ -91,7 +91,7 @@ def plan_of(spec: RunSpec, tokens: int | None = None, micro: int | None = None) 
         return plan(
             shape,
             method=spec.method if low_rank or spec.method == "full" else "lora",
-            rank=spec.rank if low_rank else 1,  # m alone has less than rank 1 has
+            rank=max(spec.rank, *spec.rank_pattern.values(), 1) if low_rank else 1,  # m alone has less than rank 1 has
             batch=max(1, micro // processes),
             length=tokens,
             target_modules=tuple(spec.target_modules),

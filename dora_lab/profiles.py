@@ -55,6 +55,9 @@ class Profile:
 
     method_pattern ({end of a module's name: its own method}), initialisation: as in `adapter_config.AdapterConfig`.
 
+    rank_pattern, alpha_pattern: ranks and alphas of single modules, as in `AdapterConfig`; beside a rank
+    without an alpha, alpha is `scaling * rank`.
+
     variants: name -> values that differ from the profile's own (`variant`). The grid is the plain runs and those of
     every variant.
     """
@@ -106,6 +109,8 @@ class Profile:
     jobs: Positive | None = None
     method_pattern: dict[str, ModuleMethod] = Field(default_factory=dict)
     initialisation: Initialisation = "kaiming"
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -113,6 +113,8 @@ class RunSpec:
     answers_cut: float = 0.0
     evaluation_prompt: str | None = None
     best_of_checkpoints: Positive | None = None
+    rank_pattern: dict[str, Positive] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     variant: str | None = None
     method_pattern: dict[str, ModuleMethod] = dataclasses.field(default_factory=dict)
     initialisation: Initialisation = "kaiming"
@@ -131,6 +133,8 @@ class RunSpec:
             self.alpha,
             self.dropout,
             tuple(self.target_modules),
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
             method_pattern=self.method_pattern,
             initialisation=self.initialisation,
         )
@@ -184,7 +188,11 @@ class RunSpec:
         if method in LOW_RANK and rank is None:
             rank = profile.rank
         values = {f.name: getattr(profile, f.name) for f in dataclasses.fields(cls) if hasattr(profile, f.name)}
+        ranks = profile.rank_pattern if method in LOW_RANK else {}
+        alphas = profile.alpha_pattern if method in LOW_RANK else {}
         values |= {
+            "rank_pattern": ranks,
+            "alpha_pattern": {name: profile.scaling * own for name, own in ranks.items()} | alphas,
             "profile": profile.name,
             "task": task,
             "method": method,

@@ -86,6 +86,15 @@ def reading(r, low, high):
     return "undecided" if low <= 0 <= high else "together" if r > 0 else "against"
 
 
+def effective(values):
+    shares = torch.tensor(values / values.sum())
+    return torch.distributions.Categorical(probs=shares).entropy().exp().item()
+
+
+def best_buy(values, shapes):
+    return max(range(len(values)), key=lambda i: values[i] / sum(shapes[i]))
+
+
 RIGHT = {
     "01.1": [8 * (4096 + 1024)],
     "01.2": [lambda A, B, alpha, rank: alpha / rank * B @ A],
@@ -113,6 +122,8 @@ RIGHT = {
     "06.2": [best_by_form],
     "09.1": [lambda d, m: np.corrcoef(d, m)[0, 1]],
     "09.2": [reading],
+    "13.1": [effective, lambda values: (p := values / values.sum()).size and np.prod(p**-p)],
+    "13.2": [best_buy],
     "14.1": [trained_by],
     "14.2": [spend],
 }
@@ -314,6 +325,22 @@ WRONG = {
         (lambda r, low, high: "undecided" if abs(r) < 0.5 else reading(r, r, r), "size taken for certainty"),
         (lambda r, low, high: "undecided", "never decided"),
         (lambda r, low, high: "together", None),
+    ],
+    "13.1": [
+        (lambda values: np.log(effective(values)), "entropy without the exponential"),
+        (lambda values: effective(values * values), "shares of the energy"),
+        (lambda values: np.square(values / values.max()).sum(), "stable rank"),
+        (lambda values: effective(values) ** (1 / np.log(2)), "base of the logarithm"),
+        (lambda values: np.prod(values**-values), "values not shares"),
+        (len, "counted"),
+        (lambda values: values[0], None),
+    ],
+    "13.2": [
+        (lambda values, shapes: int(np.argmax(values)), "price ignored"),
+        (lambda values, shapes: int(np.argmax(values / np.prod(shapes, axis=1))), "price of a full matrix"),
+        (lambda values, shapes: int(np.argmax(values / np.array(shapes)[:, 1])), "price of one side"),
+        (lambda values, shapes: min(range(len(values)), key=lambda i: sum(shapes[i])), "cheapest first"),
+        (lambda values, shapes: 0, None),
     ],
     "14.1": [
         (lambda o, i, r, m: o * i * (m[-1] == "a") + o * (m[0] == "d"), "size of the product"),

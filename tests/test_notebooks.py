@@ -66,6 +66,11 @@ SEEN = {
         r"does not hold +\d+",
         r"with gradient checkpointing: \d+\.\d GB",
     ],
+    "13": [
+        r"stable_rank +[\d,]+ parameters, .*: True",
+        r"update spectrum minus its own ranks shuffled: ",
+        r"dora: \d\d",
+    ],
     "14": [
         r"0\.39 %; the paper prints 0\.39 %",
         r"[01] of 30 modules differ",

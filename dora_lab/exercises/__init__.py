@@ -14,13 +14,14 @@ from dora_lab.exercises import (
     chapter_05,
     chapter_06,
     chapter_09,
+    chapter_13,
     chapter_14,
 )
 from dora_lab.exercises.engine import STATUSES, Exercise, Misconception, Verdict, judge
 
 __all__ = ["EXERCISES", "STATUSES", "Exercise", "Hint", "Misconception", "Verdict", "check", "hint"]
 
-_CHAPTERS = (chapter_01, chapter_02, chapter_03, chapter_04, chapter_05, chapter_06, chapter_09, chapter_14)
+_CHAPTERS = (chapter_01, chapter_02, chapter_03, chapter_04, chapter_05, chapter_06, chapter_09, chapter_13, chapter_14)
 EXERCISES: dict[str, Exercise] = {exercise.id: exercise for chapter in _CHAPTERS for exercise in chapter.EXERCISES}
 _hints_shown: dict[str, int] = {}
 

@@ -1,0 +1,189 @@
+"""The study of ranks from its records: accuracy of every criterion at every budget, against uniform and the controls.
+
+At each budget a criterion is compared by the mean over tasks of the difference in accuracy, paired by seed and
+question. The comparisons against uniform are tested with Holm's correction over all criteria and budgets.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from dora_lab.comparisons import difference_p_value, holm, macro_difference, task_draws
+from dora_lab.pipeline import of_profile
+from dora_lab.profiles import Profile
+from dora_lab.rank_study import CONTROLLED, criterion_of
+from dora_lab.ranks import CONTROLS, CRITERIA
+from dora_lab.records import read_predictions, read_records, run_folder, write_text
+from dora_lab.statistics import Interval, correct_by_id, seed_interval, wording
+from dora_lab.tables import TASK_NAMES
+
+CRITERION_NAMES = {
+    "uniform": "uniform",
+    "stable_rank": "stable rank",
+    "effective_rank": "effective rank",
+    "update_spectrum": "update spectrum",
+    "explained_variance": "explained variance",
+    "gradient_spectrum": "gradient spectrum",
+    "shuffled": f"shuffled ({CONTROLLED.replace('_', ' ')})",
+    "reversed": f"reversed ({CONTROLLED.replace('_', ' ')})",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All seeds of one task, criterion and budget. parameters: trained; answers: seed -> {example id: right}."""
+
+    parameters: int
+    accuracy: dict[int, float]
+    answers: dict[int, dict[str, bool]]
+
+
+Cells = Mapping[tuple[str, str, int], Cell]  # (task, criterion, rank of the uniform budget) -> cell
+
+
+def read_cells(sources: Iterable[tuple[Profile, Path]], method: str = "dora") -> dict[tuple[str, str, int], Cell]:
+    """The cells of the runs that each profile gives now, of those in the runs folder beside it; earlier ones first.
+
+    The plain runs of the profile that a study extends are its uniform ones: the same run ids but for the variant.
+    """
+    found: dict[tuple[str, str, int], dict] = defaultdict(dict)
+    for profile, runs_dir in sources:
+        for record in of_profile(profile, read_records(Path(runs_dir) / profile.name)[0]):
+            of = criterion_of(record.spec)
+            if record.spec.method == method and record.spec.split == "test" and of is not None:
+                found[record.spec.task, *of].setdefault(record.spec.seed, (record, run_folder(runs_dir, record.spec)))
+    return {
+        key: Cell(
+            next(record.result.trainable_parameters for record, _ in own.values()),
+            {seed: record.result.accuracy for seed, (record, _) in sorted(own.items())},
+            {seed: correct_by_id(read_predictions(folder)) for seed, (_, folder) in sorted(own.items())},
+        )
+        for key, own in found.items()
+    }
+
+
+def accuracy_table(cells: Cells) -> pd.DataFrame:
+    """Columns task, criterion, rank (of the uniform budget), parameters, seeds, accuracy and half width in percent."""
+    rows = []
+    for (task, criterion, rank), cell in cells.items():
+        interval = seed_interval(list(cell.accuracy.values()))
+        row = {"task": task, "criterion": criterion, "rank": rank, "parameters": cell.parameters}
+        row |= {"seeds": len(cell.accuracy), "accuracy": 100 * interval.estimate}
+        rows.append(row | {"half_width": 100 * interval.half_width})
+    columns = ["task", "criterion", "rank", "parameters", "seeds", "accuracy", "half_width"]
+    rows.sort(key=lambda row: (list(TASK_NAMES).index(row["task"]), row["rank"], CRITERIA.index(row["criterion"])))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def runs_of(cells: Cells, criterion: str, rank: int, tasks: Iterable[str]) -> dict[str, dict]:
+    """{task: answers by seed} of one criterion and budget, of the tasks that have it."""
+    return {task: cells[task, criterion, rank].answers for task in tasks if (task, criterion, rank) in cells}
+
+
+def difference_table(cells: Cells) -> pd.DataFrame:
+    """A row a criterion and budget: the `Interval` against uniform, shuffled and reversed; p against uniform.
+
+    Of the tasks and seeds that both sides have; None where there are none. p is Holm's, corrected over the rows.
+    """
+    rows, p_values = [], {}
+    tasks = sorted({task for task, _, _ in cells})
+    ranks = sorted({rank for _, criterion, rank in cells if criterion != "uniform"})
+    for rank in ranks:
+        for criterion in CRITERIA[1:]:
+            own = runs_of(cells, criterion, rank, tasks)
+            if not own:
+                continue
+            row = {"criterion": criterion, "rank": rank}
+            for other in ("uniform", *CONTROLS):
+                against = {} if other == criterion else runs_of(cells, other, rank, own)
+                both = {task for task in against if set(own[task]) & set(against[task])}
+                first, second = ({task: runs[task] for task in sorted(both)} for runs in (own, against))
+                row[other] = macro_difference(first, second) if both else None
+                if both and other == "uniform":
+                    p_values[criterion, rank] = difference_p_value(list(task_draws(first, second).values()))
+            rows.append(row)
+    table = pd.DataFrame(rows, columns=["criterion", "rank", "uniform", *CONTROLS])
+    adjusted = holm(p_values)
+    table["p"] = [adjusted.get((row["criterion"], row["rank"])) for _, row in table.iterrows()]
+    return table
+
+
+def verdict(cells: Cells) -> list[str]:
+    """What the study lets one say, criterion by criterion: against uniform, and against its ranks dealt anew.
+
+    A single common seed compares two trained models and gives no verdict on a criterion.
+    """
+    table, lines = difference_table(cells), []
+    for criterion in (name for name in CRITERIA if name in set(table["criterion"]) - set(CONTROLS)):
+        rows = table[table["criterion"] == criterion].to_dict("records")
+        for other in ("uniform", *(CONTROLS if criterion == CONTROLLED else ())):
+            said = [
+                f"{points(row[other])} at the budget of rank {row['rank']}, "
+                + _outcome(row[other], row["p"] if other == "uniform" else None)
+                for row in rows
+                if row[other] is not None
+            ]
+            against = "uniform ranks" if other == "uniform" else f"its own ranks {other}"
+            lines.append(f"{CRITERION_NAMES[criterion]} minus {against}: {'; '.join(said) or 'not run'}.")
+    return lines
+
+
+def _outcome(difference: Interval, p_value: float | None) -> str:
+    outcome = wording(difference)
+    if difference.seeds == 1:
+        return "one seed: no verdict"
+    if p_value is not None and p_value >= 0.05 and not outcome.startswith("no"):
+        return f"{outcome} by this interval, not with all comparisons counted in (p = {p_value:.2f})"
+    return outcome
+
+
+def percent(accuracy: float, half_width: float) -> str:
+    """An accuracy in percent with half its interval, which a single seed does not have."""
+    return f"{accuracy:.1f} (one seed)" if math.isnan(half_width) else f"{accuracy:.1f} ± {half_width:.1f}"
+
+
+def points(difference: Interval) -> str:
+    """A difference in percentage points with its limits and seeds."""
+    estimate, low, high = (100 * value for value in (difference.estimate, difference.low, difference.high))
+    return f"{estimate:+.1f} points ({low:+.1f} to {high:+.1f}, {difference.seeds} seed{'s' * (difference.seeds > 1)})"
+
+
+def shown_differences(cells: Cells) -> pd.DataFrame:
+    """`difference_table` as it is read: points with limits."""
+    table = difference_table(cells)
+    shown = pd.DataFrame({"criterion": table["criterion"].map(CRITERION_NAMES), "rank": table["rank"]})
+    for other in ("uniform", *CONTROLS):
+        shown[f"minus {other}"] = ["" if one is None else points(one) for one in table[other]]
+    shown["p (Holm)"] = ["" if pd.isna(p) else f"{p:.2f}" for p in table["p"]]
+    return shown
+
+
+def write_ranks(cells: Cells, folder: Path) -> Path:
+    """`ranks.md`: both tables and the verdict."""
+    table = accuracy_table(cells)
+    shown = table.drop(columns="half_width").assign(
+        task=table["task"].map(TASK_NAMES),
+        criterion=table["criterion"].map(CRITERION_NAMES),
+        accuracy=[percent(row.accuracy, row.half_width) for row in table.itertuples()],
+    )
+    text = [
+        "# Ranks by criterion at equal trainable parameters",
+        "Accuracy in percent ± half the 95 % interval over seeds; `rank` is that of the uniform budget.",
+        _lines(shown),
+        "Mean over tasks of the difference in accuracy, paired by seed and question, with 95 % limits:",
+        _lines(shown_differences(cells)),
+        "\n".join(f"- {line}" for line in verdict(cells)),
+    ]
+    path = Path(folder) / "ranks.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "\n\n".join(text) + "\n")
+    return path
+
+
+def _lines(table: pd.DataFrame) -> str:
+    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
