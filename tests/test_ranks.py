@@ -249,7 +249,7 @@ def test_wrong_requests_are_answered(tiny, shapes, batches):
         asked("uniform", target_modules=("w_proj",))
     with pytest.raises(ValueError, match="only linear layers have ranks"):
         asked("uniform", target_modules=("mlp",))
-    with pytest.raises(ValueError, match="a pattern names 'layers.0.q_proj', which is none of the target modules"):
+    with pytest.raises(ValueError, match="rank_pattern names 'layers.0.q_proj', which is not among the target"):
         attach(copy.deepcopy(tiny[0]), AdapterConfig("dora", 2, 4.0, rank_pattern={"layers.0.q_proj": 3}))
 
 
