@@ -304,9 +304,8 @@ def test_a_submission_is_refused(what, submission):
 
 
 def test_a_submission_may_use_its_own_folder_and_notebook_commands(submission, capsys):
-    names = submission.run(
-        "%matplotlib inline\nopen('mine.txt', 'w').write('ok')\nread = open('mine.txt').read()\nread"
-    )
+    source = "%matplotlib inline\nopen('mine.txt', 'w').write('ok')\nread = open('mine.txt').read()\nread"
+    names = submission.run(source, ["read", "absent"])
     assert names == {"read": "ok"} and capsys.readouterr().out == "'ok'\n"
 
 
@@ -338,6 +337,9 @@ def test_a_cell_defines_only_what_it_was_asked_for(submission):
     namespace = {"close": len, "torch": torch, "f": "an older one"}
     submission.bind("close = torch = print\n\n\ndef f(): return 1\n", ["f"], namespace)
     assert namespace["close"] is len and namespace["torch"] is torch and namespace["f"]() == 1
+    submission.run("k = 20")
+    submission.bind("k = 20", ["k"], namespace)  # the very same object
+    assert namespace["k"] == 20
     with pytest.raises(SubmissionError, match="ZeroDivisionError: division by zero .line 2 of the cell"):
         submission.bind("x = 1\n1 / 0", ["f"], namespace)
     assert "f" not in namespace
