@@ -347,8 +347,8 @@ def test_a_rank_larger_than_a_matrix_is_named_and_noted(tiny_spec, tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_an_error(tiny_spec, tmp_path, monkeypatch):
-    logits = models.answer_logits
-    monkeypatch.setattr(models, "answer_logits", lambda *a: logits(*a) * float("nan"))
+    loss_of = trainer.answer_loss
+    monkeypatch.setattr(trainer, "answer_loss", lambda *a: (loss_of(*a)[0] * float("nan"), loss_of(*a)[1]))
     with pytest.raises(ValueError, match="the loss is nan at step 1: training diverged; lower the learning rate"):
         finetune(tiny_spec(), tmp_path, progress=False)
 
