@@ -179,14 +179,27 @@ def test_without_runs_there_is_no_effect_and_no_verdict(monkeypatch, tmp_path):
 LOSS = {"fault": "prompt-loss", "method": "lora"}
 
 
+def outcomes_of(monkeypatch, found, tasks=("boolq",)):
+    monkeypatch.setattr(mini_faults, "_effects", lambda: found)
+    monkeypatch.setattr(mini_faults, "load_profile", lambda name: replace(PROFILE, tasks=list(tasks)))
+    return mini_faults.comparison_stays({"level": 0.05}).verdict, mini_faults.lowers_accuracy(LOSS).verdict
+
+
 @pytest.mark.parametrize(
     ("dora", "verdicts"), [(0.8, ("does not hold", "holds")), (0.5, ("depends", "holds"))], ids=["one", "both"]
 )
 def test_the_claims_verdicts_follow_the_effects(monkeypatch, dora, verdicts):
     found = effects(answers_of(HIT | {("prompt-loss", "dora"): dora}), profile_with("prompt-loss"))
+    assert outcomes_of(monkeypatch, found) == verdicts
+    assert outcomes_of(monkeypatch, found, PROFILE.tasks)[1] == "depends"  # two tasks are missing
+
+
+def test_one_seed_decides_no_claim(monkeypatch):
+    found = effects(answers_of(HIT, seeds=1), profile_with("prompt-loss"))
     monkeypatch.setattr(mini_faults, "_effects", lambda: found)
-    outcomes = mini_faults.comparison_stays({"level": 0.05}), mini_faults.lowers_accuracy(LOSS)
-    assert tuple(outcome.verdict for outcome in outcomes) == verdicts
+    assert mini_faults.lowers_accuracy(LOSS).verdict == "depends"
+    with pytest.raises(mini_faults.NotHere, match="no fault has runs of several seeds"):
+        mini_faults.comparison_stays({"level": 0.05})
 
 
 # --- table and figure -------------------------------------------------------------------------------------------------

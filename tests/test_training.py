@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dora_lab import guards, models, sealed, trainer, training
+from dora_lab import guards, sealed, trainer, training
 from dora_lab.adapters import METHODS, AdapterConfig, attach
 from dora_lab.checkpoint import load_adapter
 from dora_lab.data import load_examples, tokenized

@@ -5,20 +5,22 @@ from functools import cache
 from typing import Any
 
 from dora_lab.claims.ledger import NotHere, Outcome
-from dora_lab.faults import Effect, effects, read_answers, uneven
+from dora_lab.faults import PROFILE, Effect, effects, read_answers, uneven
+from dora_lab.profiles import load_profile
 from dora_lab.statistics import Interval, wording
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES
 
 
 def lowers_accuracy(claimed: Mapping[str, Any]) -> Outcome:
-    """What one fault does to one method's accuracy, task by task."""
+    """What one fault does to one method's accuracy, task by task; decided by several seeds on every task alone."""
     fault, method = claimed["fault"], claimed["method"]
     own = [one for one in _effects() if one.fault == fault]
-    said = [wording(one.change[method]) for one in own]
-    parts = [f"{TASK_NAMES[one.task]} {_points(one.change[method])}" for one in own]
     if not own:
         raise NotHere(f"no runs of the fault {fault} are recorded: `dora-lab reproduce --profile mini-faults`")
-    verdict = "holds" if set(said) == {"behind"} else "does not hold" if set(said) == {"ahead"} else "depends"
+    said = {wording(one.change[method]) for one in own}
+    enough = len(own) == len(load_profile(PROFILE).tasks) and all(len(one.seeds) > 1 for one in own)
+    verdict = {"behind": "holds", "ahead": "does not hold"}.get("".join(said), "depends") if enough else "depends"
+    parts = [f"{TASK_NAMES[one.task]} {_points(one.change[method])}{one.only}" for one in own]
     return Outcome(verdict, "; ".join(parts), f"recorded {METHOD_NAMES[method]} runs, mini-world, {_seeds(own)}")
 
 
@@ -49,4 +51,5 @@ def _points(one: Interval) -> str:
 
 def _seeds(found: list[Effect]) -> str:
     counts = sorted({len(one.seeds) for one in found})
-    return f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+    span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{span} seed" + "s" * (counts[-1] > 1)
