@@ -1,5 +1,6 @@
 # Every target that runs Python sets up .venv first; a second call installs nothing.
 #   make reproduce              the results table and figures again (PROFILE=mini SEEDS=3)
+#   make extensions             the studies beyond the report live: EXTENSIONS="mini-ranks"
 #   make test, make test-all    the quick tests; all but those that need a GPU (`make test-gpu`)
 #   make book                   every chapter run and set as static HTML: build/book/html/index.html
 #   make lint, make notebooks-strip, make clean
@@ -7,11 +8,12 @@
 PYTHON ?= python3
 PROFILE ?= mini
 SEEDS ?= 3
+EXTENSIONS ?= mini-ranks
 BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: setup reproduce test test-all test-gpu book lint notebooks-strip clean
+.PHONY: setup reproduce extensions test test-all test-gpu book lint notebooks-strip clean
 
 setup: $(STAMP)
 
@@ -23,6 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 reproduce: $(STAMP)
 	$(BIN)/dora-lab reproduce --profile $(PROFILE) --seeds $(SEEDS)
+
+extensions: $(STAMP)
+	for profile in $(EXTENSIONS); do $(BIN)/dora-lab reproduce --profile $$profile --seeds $(SEEDS) || exit 1; done
 
 test: $(STAMP)
 	$(PYTEST) -m "not gpu and not slow"
