@@ -1,7 +1,7 @@
 # Every target that runs Python sets up .venv first; a second call installs nothing.
 #   make reproduce              the results table and figures again (PROFILE=mini SEEDS=3)
 #   make test, make test-all    the quick tests; all but those that need a GPU (`make test-gpu`)
-#   make extensions             what goes beyond the report, run live: the 81 runs of chapter 14
+#   make extensions             the studies beyond the report live (EXTENSIONS="mini-ranks mini-hybrids", hours)
 #   make book                   every chapter run and set as static HTML: build/book/html/index.html
 #   make assignments            the students' copies of the four assignments: build/assignments
 #   make lint, make notebooks-strip, make clean
@@ -9,6 +9,7 @@
 PYTHON ?= python3
 PROFILE ?= mini
 SEEDS ?= 3
+EXTENSIONS ?= mini-ranks mini-hybrids
 BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
@@ -27,9 +28,7 @@ reproduce: $(STAMP)
 	$(BIN)/dora-lab reproduce --profile $(PROFILE) --seeds $(SEEDS)
 
 extensions: $(STAMP)
-	$(BIN)/dora-lab reproduce --profile mini-hybrids
-	$(BIN)/papermill notebooks/14_hybrid_adapters.ipynb runs/mini-hybrids/14_hybrid_adapters.ipynb \
-		-p runs_dir runs -p figures_dir runs/mini-hybrids/figures
+	for profile in $(EXTENSIONS); do $(BIN)/dora-lab reproduce --profile $$profile --seeds $(SEEDS) || exit 1; done
 
 test: $(STAMP)
 	$(PYTEST) -m "not gpu and not slow"

@@ -6,7 +6,7 @@ are fractions in [0, 1]; `difference_pp` names percentage points.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,7 +112,11 @@ def macro_difference(first: Mapping[str, Runs], second: Mapping[str, Runs], leve
     as they are other models and other questions. `items` of the result is the sum over tasks, `seeds` the fewest.
     Raises ValueError if the tasks differ, or as `paired_draws` does.
     """
-    draws = task_draws(first, second).values()
+    return mean_interval(task_draws(first, second).values(), level)
+
+
+def mean_interval(draws: Collection[PairedDraws], level: float = 0.95) -> Interval:
+    """The mean of several differences with its limits, each from draws of its own."""
     low, high = np.quantile(_mean(draws, level), [(1 - level) / 2, (1 + level) / 2])
     estimate = float(np.mean([one.estimate for one in draws]))
     seeds, items = min(one.seeds for one in draws), sum(one.items for one in draws)

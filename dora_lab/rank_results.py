@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dora_lab.comparisons import difference_p_value, holm, macro_difference, task_draws
+from dora_lab.comparisons import difference_p_value, holm, mean_interval, task_draws
 from dora_lab.pipeline import of_profile
 from dora_lab.profiles import Profile
 from dora_lab.rank_study import CONTROLLED, criterion_of
@@ -102,9 +102,10 @@ def difference_table(cells: Cells) -> pd.DataFrame:
                 against = {} if other == criterion else runs_of(cells, other, rank, own)
                 both = {task for task in against if set(own[task]) & set(against[task])}
                 first, second = ({task: runs[task] for task in sorted(both)} for runs in (own, against))
-                row[other] = macro_difference(first, second) if both else None
+                draws = list(task_draws(first, second).values()) if both else []
+                row[other] = mean_interval(draws) if both else None
                 if both and other == "uniform":
-                    p_values[criterion, rank] = difference_p_value(list(task_draws(first, second).values()))
+                    p_values[criterion, rank] = difference_p_value(draws)
             rows.append(row)
     table = pd.DataFrame(rows, columns=["criterion", "rank", "uniform", *CONTROLS])
     adjusted = holm(p_values)
@@ -112,12 +113,12 @@ def difference_table(cells: Cells) -> pd.DataFrame:
     return table
 
 
-def verdict(cells: Cells) -> list[str]:
-    """What the study lets one say, criterion by criterion: against uniform, and against its ranks dealt anew.
+def verdict(table: pd.DataFrame) -> list[str]:
+    """What a `difference_table` lets one say, a criterion at a time: against uniform, and its ranks dealt anew.
 
     A single common seed compares two trained models and gives no verdict on a criterion.
     """
-    table, lines = difference_table(cells), []
+    lines = []
     for criterion in (name for name in CRITERIA if name in set(table["criterion"]) - set(CONTROLS)):
         rows = table[table["criterion"] == criterion].to_dict("records")
         for other in ("uniform", *(CONTROLS if criterion == CONTROLLED else ())):
@@ -152,9 +153,8 @@ def points(difference: Interval) -> str:
     return f"{estimate:+.1f} points ({low:+.1f} to {high:+.1f}, {difference.seeds} seed{'s' * (difference.seeds > 1)})"
 
 
-def shown_differences(cells: Cells) -> pd.DataFrame:
-    """`difference_table` as it is read: points with limits."""
-    table = difference_table(cells)
+def shown_differences(table: pd.DataFrame) -> pd.DataFrame:
+    """A `difference_table` as it is read: points with limits."""
     shown = pd.DataFrame({"criterion": table["criterion"].map(CRITERION_NAMES), "rank": table["rank"]})
     for other in ("uniform", *CONTROLS):
         shown[f"minus {other}"] = ["" if one is None else points(one) for one in table[other]]
@@ -162,8 +162,8 @@ def shown_differences(cells: Cells) -> pd.DataFrame:
     return shown
 
 
-def write_ranks(cells: Cells, folder: Path) -> Path:
-    """`ranks.md`: both tables and the verdict."""
+def write_ranks(cells: Cells, differences: pd.DataFrame, folder: Path) -> Path:
+    """`ranks.md`: accuracies, their `difference_table` and the verdict."""
     table = accuracy_table(cells)
     shown = table.drop(columns="half_width").assign(
         task=table["task"].map(TASK_NAMES),
@@ -175,8 +175,8 @@ def write_ranks(cells: Cells, folder: Path) -> Path:
         "Accuracy in percent ± half the 95 % interval over seeds; `rank` is that of the uniform budget.",
         _lines(shown),
         "Mean over tasks of the difference in accuracy, paired by seed and question, with 95 % limits:",
-        _lines(shown_differences(cells)),
-        "\n".join(f"- {line}" for line in verdict(cells)),
+        _lines(shown_differences(differences)),
+        "\n".join(f"- {line}" for line in verdict(differences)),
     ]
     path = Path(folder) / "ranks.md"
     path.parent.mkdir(parents=True, exist_ok=True)
