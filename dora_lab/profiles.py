@@ -39,6 +39,10 @@ class Profile:
     folder. revision: commit of a hub id. A step reads `batch_size * gradient_accumulation` examples, `micro_batch_size`
     of them at a time where it is given. cutoff_tokens "auto": the longest prompt with its answer; cut: what one that is
     longer loses, the beginning of its "prompt" or its "end", answer included. jobs: runs at a time, for the grid.
+
+    processes: that share one run, each with a GPU of its own where there are any; sharding: what each of them keeps,
+    the whole base under "ddp", a part of it under "fsdp". They are no part of a run's identity: the same examples are
+    read in the same steps, and the record says how many processes there were.
     """
 
     name: str
@@ -83,6 +87,8 @@ class Profile:
     train_on_prompt: bool = False
     cut: Literal["prompt", "end"] = "prompt"
     jobs: Positive | None = None
+    processes: Positive = 1
+    sharding: Literal["ddp", "fsdp"] = "ddp"
 
     @model_validator(mode="after")
     def _tasks_are_known(self):
@@ -92,6 +98,7 @@ class Profile:
         if missing:
             raise ValueError(f"steps has no entry for the task(s) {', '.join(missing)}")
         check_micro_batch(self.batch_size * self.gradient_accumulation, self.micro_batch_size)
+        check_shared(self.micro_batch_size or self.batch_size, self.processes)
         if self.cut == "end" and not self.train_on_prompt:
             raise ValueError("cut 'end' can leave an example without its answer: it needs train_on_prompt true")
         return self
@@ -101,6 +108,15 @@ def check_micro_batch(effective: int, micro: int | None) -> None:
     """Raise ValueError if a step's `effective` examples cannot be read `micro` at a time."""
     if micro and effective % micro:
         raise ValueError(f"micro_batch_size {micro} does not divide the {effective} examples of a step: take a divisor")
+
+
+def check_shared(micro: int, processes: int) -> None:
+    """Raise ValueError if `processes` cannot each read the same part of `micro` examples."""
+    if micro % processes:
+        raise ValueError(
+            f"{processes} processes cannot share micro-batches of {micro}: set micro_batch_size to a multiple of their "
+            "number"
+        )
 
 
 def known_profiles() -> list[str]:
