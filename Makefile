@@ -2,6 +2,7 @@
 #   make reproduce              the results table and figures again (PROFILE=mini SEEDS=3)
 #   make test, make test-all    the quick tests; all but those that need a GPU (`make test-gpu`)
 #   make book                   every chapter run and set as static HTML: build/book/html/index.html
+#   make snakemake              Snakemake for `dora-lab reproduce --engine snakemake`, in .venv-snakemake
 #   make lint, make notebooks-strip, make clean
 # A machine without a GPU is served best by PyTorch's small CPU wheels: install torch from them into .venv first.
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: setup reproduce test test-all test-gpu book lint notebooks-strip clean
+.PHONY: setup reproduce test test-all test-gpu book snakemake lint notebooks-strip clean
 
 setup: $(STAMP)
 
@@ -40,6 +41,13 @@ book: .venv/.book
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book]'
 	@touch $@
 
+snakemake: .venv-snakemake/.installed
+
+.venv-snakemake/.installed: $(STAMP)
+	$(PYTHON) -m venv .venv-snakemake
+	.venv-snakemake/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt snakemake snakemake-executor-plugin-slurm
+	@touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
@@ -47,5 +55,5 @@ notebooks-strip: $(STAMP)
 	$(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill metadata.language_info.version" notebooks/*.ipynb
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-snakemake build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find dora_lab tests -name __pycache__ -type d -prune -exec rm -rf {} +

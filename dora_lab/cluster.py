@@ -118,15 +118,15 @@ def draw_results(profile_name: str, profile: Profile, specs: list[RunSpec], runs
     grid = write_grid(profile_name, profile, specs, runs_dir)
     log = runs_dir / profile.name / "results.log"
     with log.open("w") as said:
-        process = _snakemake(grid, PROFILES / "local", ["--cores=1", "--forcerun", "results", "--"], "results", said)
+        process = _snakemake(grid, PROFILES / "local", ["--cores=1", "--forcerun=results"], "results", said)
         process.wait()
     if process.returncode:
         raise RuntimeError(f"the table and figures could not be drawn; see {log}")
 
 
 def _snakemake(grid: Path, folder: Path, options: list[str], target: str, said) -> subprocess.Popen:
-    command = [find_snakemake(), f"--snakefile={WORKFLOW / 'Snakefile'}", f"--directory={grid.parents[1]}"]
-    command += [f"--profile={folder}", "--config", f"grid={grid}", *options, target]
+    command = [find_snakemake(), "--config", f"grid={grid}", f"--snakefile={WORKFLOW / 'Snakefile'}"]
+    command += [f"--directory={grid.parents[1]}", f"--profile={folder}", *options, "--", target]
     return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
 
 
