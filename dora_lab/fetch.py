@@ -133,11 +133,12 @@ def fetch(path: str, base_url: str | None = None) -> Path:
 
 
 def _alone(target: Path) -> AbstractContextManager:
-    """Hold the folder of a file that has to be fetched; a cache that has it may be read-only."""
+    """Hold the cache if the file has to be fetched; one that has it may be read-only."""
     if target.is_file():
         return contextlib.nullcontext()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return locked(target.parent)
+    folder = llm_adapters_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return locked(folder)
 
 
 def _verify(target: Path, remote: RemoteFile) -> None:
