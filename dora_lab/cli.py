@@ -218,6 +218,21 @@ def bench(
 
 
 @app.command()
+def scaling(
+    out: Annotated[Path, typer.Argument(help="JSON file to write.")] = Path("data/results/scaling.json"),
+) -> None:
+    """Measure cells an hour and the overhead of a cell, by engine and workers, on the smoke profile."""
+    from dora_lab.bench import write
+    from dora_lab.scaling import measure
+
+    try:
+        write(measure(report=typer.echo), out)
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(error)
+    typer.echo(f"written: {out}")
+
+
+@app.command()
 def claims(
     figures_dir: Annotated[Path, typer.Option(help="Where claims.md is written.")] = Path("figures"),
     fetch: Annotated[bool, typer.Option("--fetch", help="Get the report's raw outputs first.")] = False,

@@ -1,4 +1,4 @@
-"""The grid through Snakemake, here and through a Slurm of this machine: the plain runner's records, summary and resume."""
+"""The grid through Snakemake, here and on a Slurm of this machine: the plain runner's records, summary and resume."""
 
 import dataclasses
 import json
