@@ -104,12 +104,11 @@ def run_grid(
     if process.returncode and not any(_changes(run_folder(runs_dir, s)) != before[s.run_id] for s in progress.waiting):
         raise RuntimeError(f"Snakemake could not run the grid: {last_line(text)}; see {log}")
     for spec in progress.waiting:
-        noted = progress.summary.failed.get(spec.run_id)
-        if not is_done(run_folder(runs_dir, spec)):
-            if noted is None:
-                progress.ended(spec, failure(spec, runs_dir, _ending(text, spec)))
-        elif noted is not None or spec in waiting:
-            progress.ended(spec, None)
+        if is_done(run_folder(runs_dir, spec)):
+            if spec in waiting:
+                progress.ended(spec, None)
+        elif spec.run_id not in progress.summary.failed:
+            progress.ended(spec, failure(spec, runs_dir, _ending(text, spec)))
     return progress.summary
 
 

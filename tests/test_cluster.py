@@ -231,7 +231,7 @@ def test_a_large_cell_asks_the_scheduler_for_its_gpu(snakemake, tmp_path, monkey
     log = tmp_path / "log"
     with log.open("w") as said:
         local = cluster.PROFILES / "local"
-        assert cluster._snakemake(grid, local, ["--dry-run", "--cores=4"], "grid", said).wait() == 0
+        assert cluster._snakemake(grid, local, ["--dry-run", "--cores=4", "--resources=gpu=1"], "grid", said).wait() == 0
     planned = log.read_text()
     assert f"output: {spec.run_id}/record.json" in planned and "threads: 4" in planned
     for resource in ("gpu=1", f"mem_mb={wanted['memory_mb']}", f"runtime={wanted['minutes']}"):
