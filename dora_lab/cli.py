@@ -221,14 +221,20 @@ def bench(
 def scaling(
     out: Annotated[Path, typer.Argument(help="JSON file to write.")] = Path("data/results/scaling.json"),
 ) -> None:
-    """Measure cells an hour and the overhead of a cell, by engine and workers, on the smoke profile."""
+    """Measure cells an hour and the overhead of a cell on the smoke profile; plan 1,000 LLaMA-7B cells on paper."""
     from dora_lab.bench import write
-    from dora_lab.scaling import measure
+    from dora_lab.scaling import measure, on_paper, table
 
     try:
-        write(measure(report=typer.echo), out)
+        measured = measure(report=typer.echo)
+        write(measured, out)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(error)
+    for row in table(measured):
+        typer.echo(f"| {' | '.join(row)} |")
+    typer.echo("1,000 cells of LLaMA-7B on 64 GPUs, on paper:")
+    for line in on_paper():
+        typer.echo(line)
     typer.echo(f"written: {out}")
 
 

@@ -8,10 +8,11 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dora_lab import cluster, pipeline
-from dora_lab.cells import needs
+from dora_lab.cells import SPEED, needs
 from dora_lab.job import FLOAT
 from dora_lab.machine import processor
 from dora_lab.preflight import plan_of
@@ -77,24 +78,29 @@ def table(measured: dict) -> list[list[str]]:
     ]
 
 
-def on_paper(cells: int = 1000, gpus: int = 64, gpus_a_node: int = 8, profile_name: str = "llama-7b") -> dict:
-    """What a grid of `cells` DoRA runs, the profile's tasks in turn, comes to on so many GPUs; nothing is run.
+def on_paper(cells: int = 1000, gpus: int = 64, gpus_a_node: int = 8) -> list[str]:
+    """What `cells` runs of DoRA on LLaMA-7B, the profile's tasks in turn, come to on so many GPUs; nothing is run.
 
-    hours, and those of the longest cell, by the planner's speed, which is assumed; bytes of adapters that stay, and of
-    checkpoints at a time; seconds in which every node reads the base once at the start.
+    Hours by the planner's speed and minutes by the file system's, both of which are assumed.
     """
-    profile = load_profile(profile_name)
-    specs = [RunSpec.from_profile(profile, task, "dora") for task in profile.tasks]
-    hours = [needs(profile, spec).minutes / 60 for spec in specs]
-    planned = plan_of(specs[0])
-    adapter = FLOAT * planned.job.trained
-    return {
-        "hours": cells * sum(hours) / len(hours) / gpus,
-        "longest_hours": max(hours),
-        "adapters_bytes": cells * adapter,
-        "checkpoints_bytes": gpus * CHECKPOINTS * 3 * adapter,
-        "start_s": gpus / gpus_a_node * planned.weights / STORE_BYTES_S,
-    }
+    profile = replace(load_profile("llama-7b"), base_model="random:llama-7b", tokenizer="mini-world")
+    specs = {task: RunSpec.from_profile(profile, task, "dora") for task in profile.tasks}
+    hours = {task: needs(profile, spec).minutes / 60 for task, spec in specs.items()}
+    planned = plan_of(specs[profile.tasks[0]])
+    adapter, longest = FLOAT * planned.job.trained, max(hours, key=hours.get)
+    spread = ", ".join(f"{task} {hours[task]:.1f}" for task in hours)
+    start_s = gpus / gpus_a_node * planned.weights / STORE_BYTES_S
+    return [
+        f"- GPUs: {spread} hours a cell at an assumed {SPEED['gpu'] / 1e12:.0f} TFLOP/s, so "
+        f"{cells * sum(hours.values()) / len(hours) / gpus:.0f} hours in all: the bottleneck. Seconds of overhead "
+        "do not show.",
+        f"- Last hours: a cell of {longest} that starts last keeps one GPU busy for up to {hours[longest]:.1f} hours "
+        "while the others wait.",
+        f"- Disk: {cells} adapters of {adapter / 1e6:.0f} MB are {cells * adapter / 1e9:.0f} GB, checkpoints at most "
+        f"{gpus * CHECKPOINTS * 3 * adapter / 1e9:.0f} GB more at a time.",
+        f"- Start: {gpus // gpus_a_node} nodes read {planned.weights / 1e9:.1f} GB each at once, "
+        f"{start_s:.0f} s at an assumed {STORE_BYTES_S / 1e9:.0f} GB/s; afterwards cells start apart.",
+    ]
 
 
 def _children_s() -> float:

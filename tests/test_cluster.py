@@ -188,6 +188,7 @@ def test_what_snakemake_began_the_plain_runner_ends_with_the_same_records(snakem
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a minute or two, where nobody else has the cores
 def test_the_smoke_grid_through_slurm(snakemake, slurm, slurm_profile, tmp_path):
     specs = cells(*((task, method) for task in ("boolq", "hellaswag", "winogrande") for method in ("lora", "dora")))
 
@@ -230,8 +231,8 @@ def test_a_large_cell_asks_the_scheduler_for_its_gpu(snakemake, tmp_path, monkey
     wanted = json.loads(grid.read_text())["cells"][spec.run_id]
     log = tmp_path / "log"
     with log.open("w") as said:
-        local = cluster.PROFILES / "local"
-        assert cluster._snakemake(grid, local, ["--dry-run", "--cores=4", "--resources=gpu=1"], "grid", said).wait() == 0
+        options = ["--dry-run", "--cores=4", "--resources=gpu=1"]
+        assert cluster._snakemake(grid, cluster.PROFILES / "local", options, "grid", said).wait() == 0
     planned = log.read_text()
     assert f"output: {spec.run_id}/record.json" in planned and "threads: 4" in planned
     for resource in ("gpu=1", f"mem_mb={wanted['memory_mb']}", f"runtime={wanted['minutes']}"):
