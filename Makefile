@@ -4,6 +4,7 @@
 #   make extensions             the studies beyond the report live (EXTENSIONS="mini-ranks mini-hybrids", hours)
 #   make book                   every chapter run and set as static HTML: build/book/html/index.html
 #   make assignments            the students' copies of the four assignments: build/assignments
+#   make snakemake              Snakemake for `dora-lab reproduce --engine snakemake`, in .venv-snakemake
 #   make lint, make notebooks-strip, make clean
 # A machine without a GPU is served best by PyTorch's small CPU wheels: install torch from them into .venv first.
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: setup reproduce extensions test test-all test-gpu book assignments lint notebooks-strip clean
+.PHONY: setup reproduce extensions test test-all test-gpu book assignments snakemake lint notebooks-strip clean
 
 setup: $(STAMP)
 
@@ -49,6 +50,13 @@ assignments: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
+snakemake: .venv-snakemake/.installed
+
+.venv-snakemake/.installed: $(STAMP)
+	$(PYTHON) -m venv .venv-snakemake
+	.venv-snakemake/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt snakemake snakemake-executor-plugin-slurm
+	@touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
@@ -56,5 +64,5 @@ notebooks-strip: $(STAMP)
 	$(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill metadata.language_info.version" notebooks/*.ipynb
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-snakemake build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find dora_lab tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """`dora-lab`: the grid of runs, the record of results, the real data, and the mini-world's pretraining."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,31 +37,33 @@ def reproduce(
     rank: Annotated[list[int] | None, typer.Option(min=1, help="These ranks; the profile's if left out.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="These variants alone; all, and the plain runs.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
+    engine: Annotated[Literal["local", "snakemake"], typer.Option(help="What starts the runs.")] = "local",
+    snakemake_profile: Annotated[
+        str, typer.Option(help="Where Snakemake runs them: local, slurm, or the folder of another of its profiles.")
+    ] = "local",
     runs_dir: RunsOption = Path("runs"),
 ) -> None:
     """Do the grid of runs and write the results table and figure to RUNS_DIR/PROFILE/figures. Resumes."""
-    from dora_lab import pipeline
+    from dora_lab import cluster, pipeline
     from dora_lab.profiles import load_profile
 
+    runs = runs_dir.resolve()
     try:
         loaded = load_profile(profile)
         specs = pipeline.grid(loaded, None if seeds is None else list(range(seeds)), method, rank, variant)
-        pipeline.preflight(runs_dir, specs)
-        summary = pipeline.run_grid(profile, specs, runs_dir.resolve(), jobs, typer.echo)
-        figures = runs_dir.resolve() / loaded.name / "figures"
-        for chapter in pipeline.RESULT_CHAPTERS:
-            pipeline.run_chapter(
-                chapter,
-                runs_dir.resolve() / loaded.name / f"{chapter}.ipynb",
-                profile=profile,
-                runs_dir=str(runs_dir.resolve()),
-                figures_dir=str(figures),
-            )
+        pipeline.preflight(runs, specs, here=engine == "local")
+        if engine == "local":
+            summary = pipeline.run_grid(profile, specs, runs, jobs, typer.echo)
+            pipeline.draw_results(profile, loaded, runs)
+        else:
+            summary = cluster.run_grid(profile, specs, runs, jobs, typer.echo, snakemake_profile)
+            cluster.draw_results(profile, loaded, specs, runs)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(error)
     except KeyboardInterrupt:
         typer.echo("interrupted: finished runs are kept; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
+    figures = runs / loaded.name / "figures"
     typer.echo((figures / "results.md").read_text())
     for line in pipeline.against_recorded(loaded, specs, runs_dir):
         typer.echo(line)
@@ -268,6 +270,27 @@ def bench(
     except KeyboardInterrupt:
         typer.echo("interrupted: finished settings are kept; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
+    typer.echo(f"written: {out}")
+
+
+@app.command()
+def scaling(
+    out: Annotated[Path, typer.Argument(help="JSON file to write.")] = Path("data/results/scaling.json"),
+) -> None:
+    """Measure cells an hour and the overhead of a cell on the smoke profile; plan 1,000 LLaMA-7B cells on paper."""
+    from dora_lab.bench import write
+    from dora_lab.scaling import measure, on_paper, table
+
+    try:
+        measured = measure(report=typer.echo)
+        write(measured, out)
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(error)
+    for row in table(measured):
+        typer.echo(f"| {' | '.join(row)} |")
+    typer.echo("1,000 cells of LLaMA-7B on 64 GPUs, on paper:")
+    for line in on_paper():
+        typer.echo(line)
     typer.echo(f"written: {out}")
 
 

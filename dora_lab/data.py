@@ -105,6 +105,16 @@ def count_fetched(task: Task, split: str) -> int:
     return len(_read(_path(LLM_ADAPTERS, task, split), task.name, split))
 
 
+def fetch_data(source: str, task_name: str) -> None:
+    """Bring a task's files of LLM-Adapters into the cache, so that no run needs the network; others are there.
+
+    Raises what `fetch` raises.
+    """
+    if source == LLM_ADAPTERS:
+        for _, _, file in files_of(task_name):
+            fetch(file.path)
+
+
 def tokenized(
     tokenizer: PreTrainedTokenizerBase,
     examples: list[Example],

@@ -7,9 +7,11 @@ serves as it is. The data's licence is ODC-By.
 import hashlib
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_lab.locks import locked
 from dora_lab.tasks import MIXTURE, TASKS, Task, task
 
 REPOSITORY = "AGI-Edgerunners/LLM-Adapters"
@@ -100,7 +102,8 @@ def fetch(path: str, base_url: str | None = None) -> Path:
     """The local copy of a file of the repository, verified; downloaded if it is not there yet.
 
     A download goes to a temporary file and is moved into place when it is whole, so that an interrupted one starts
-    anew. `base_url` is another place with the same layout, ending in a slash.
+    anew; of several processes that want the file one downloads it. `base_url` is another place with the same layout,
+    ending in a slash.
     Raises FileNotFoundError if it is neither there nor to be had, ValueError if its hash is wrong (the file is then
     renamed to `*.refused`), OSError if the cache cannot be written.
     """
@@ -112,7 +115,8 @@ def fetch(path: str, base_url: str | None = None) -> Path:
     pooch.get_logger().setLevel("WARNING")
     store = pooch.create(folder, base_url, registry={path: None})  # None: pooch knows no blob ids, _verify does
     try:
-        store.fetch(path, downloader=pooch.HTTPDownloader(timeout=TIMEOUT_S))
+        with _alone(target):
+            store.fetch(path, downloader=pooch.HTTPDownloader(timeout=TIMEOUT_S))
     except RequestException as error:
         raise FileNotFoundError(
             f"{path} of {REPOSITORY} is not in the cache and cannot be fetched ({_reason(error)}). To fill the cache "
@@ -126,6 +130,15 @@ def fetch(path: str, base_url: str | None = None) -> Path:
         ) from error
     _verify(target, remote)
     return target
+
+
+def _alone(target: Path) -> AbstractContextManager:
+    """Hold the cache if the file has to be fetched; one that has it may be read-only."""
+    if target.is_file():
+        return nullcontext()
+    folder = llm_adapters_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return locked(folder)
 
 
 def _verify(target: Path, remote: RemoteFile) -> None:

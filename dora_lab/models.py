@@ -254,7 +254,9 @@ def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tenso
     # Every column that some row labels goes through the output layer, as when results were recorded: taking the single
     # positions, as `answer_logits` does, would round otherwise, and a run would no longer repeat its record.
     kept = columns.unique()  # (kept,) sorted
-    logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=kept).logits  # (rows, kept, vocabulary)
+    logits = model(
+        input_ids=batch["input_ids"], use_cache=False, logits_to_keep=kept
+    ).logits  # (rows, kept, vocabulary)
     logits = logits[rows, torch.searchsorted(kept, columns.contiguous())].float()  # (positions, vocabulary)
     return F.cross_entropy(logits, labels[rows, columns], reduction="sum"), len(rows)
 

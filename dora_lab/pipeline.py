@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -13,14 +12,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dora_lab.preflight import check_base, check_memory, is_large
+from dora_lab.cells import LOG, absolute, cell_command, cell_environment, papermill
+from dora_lab.data import fetch_data
+from dora_lab.locks import locked
+from dora_lab.preflight import check_base, check_memory, fetch_base, is_large
 from dora_lab.profiles import PROJECT, Profile, load_profile
 from dora_lab.records import (
     LOW_RANK,
     RunRecord,
     RunSpec,
     is_done,
-    locked,
     prepare_folder,
     read_predictions,
     read_record,
@@ -32,7 +33,6 @@ from dora_lab.statistics import correct_by_id
 from dora_lab.sweep import SWEEP
 from dora_lab.tables import compared_with_recorded
 
-WORKER = PROJECT / "notebooks" / "07_fine_tune.ipynb"
 RESULT_CHAPTERS = ("08_results", "09_update_geometry")
 RECORDED = PROJECT / "data" / "results"
 NEEDED_BYTES = 200 * 2**20  # free disk below which a grid is not started
@@ -103,6 +103,40 @@ def answers_of(
     return answers
 
 
+class Progress:
+    """Counts a grid's runs as they end, says so in a line each, and ends as a `Summary`."""
+
+    def __init__(self, specs: list[RunSpec], runs_dir: Path, report: Callable[[str], None]):
+        self.summary = Summary(len(specs))
+        self.runs_dir, self.report = runs_dir, report
+        self.waiting = [spec for spec in specs if not is_done(run_folder(runs_dir, spec))]
+        self.summary.done_before = len(specs) - len(self.waiting)
+        for spec in specs:
+            if spec not in self.waiting:
+                read_record(run_folder(runs_dir, spec))  # a damaged record is told now, not after an hour
+        self.began = time.monotonic()
+
+    def begin(self, how: str) -> None:
+        s = self.summary
+        self.report(f"{s.total} runs: {s.done_before} done before, {len(self.waiting)} to do, {how}")
+
+    def ended(self, spec: RunSpec, error: str | None) -> None:
+        """Count a run that is done, or that failed with `error`."""
+        s = self.summary
+        if error is None:
+            s.done_now += 1
+            s.failed.pop(spec.run_id, None)  # a second try did it
+        else:
+            s.failed[spec.run_id] = error
+        count = s.done_now + len(s.failed)
+        left = s.total - s.done_before - count
+        minutes = (time.monotonic() - self.began) / count * left / 60
+        outcome = "failed" if error else f"{read_record(run_folder(self.runs_dir, spec)).result.accuracy:.3f}"
+        self.report(
+            f"[{s.done_before + count}/{s.total}] {spec.run_id}: {outcome}; {left} left, about {minutes:.0f} min"
+        )
+
+
 def run_grid(
     profile_name: str,
     specs: list[RunSpec],
@@ -116,62 +150,70 @@ def run_grid(
     KeyboardInterrupt; what is finished stays, what was running goes on from its last checkpoint next time.
     `profile_name` is the name or path that the worker notebook is given.
     """
-    jobs = jobs or load_profile(profile_name).jobs or max(1, (os.cpu_count() or 1) // specs[0].threads)
-    summary = Summary(len(specs))
-    waiting = [spec for spec in specs if not is_done(run_folder(runs_dir, spec))]
-    summary.done_before = len(specs) - len(waiting)
-    for spec in specs:
-        if spec not in waiting:
-            read_record(run_folder(runs_dir, spec))  # a damaged record is told now, not after an hour
+    profile = load_profile(profile_name)
+    jobs = jobs or profile.jobs or max(1, (os.cpu_count() or 1) // (specs[0].threads * profile.processes))
+    progress = Progress(specs, runs_dir, report)
+    progress.begin(f"{jobs} at a time")
+    waiting = list(progress.waiting)
     running: dict[subprocess.Popen, RunSpec] = {}
-    began = time.monotonic()
-    report(f"{len(specs)} runs: {summary.done_before} done before, {len(waiting)} to do, {jobs} at a time")
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 spec = waiting.pop(0)
-                running[_start(profile_name, spec, runs_dir)] = spec
+                running[_start(profile_name, profile, spec, runs_dir)] = spec
             time.sleep(0.2)
             for process in [p for p in running if p.poll() is not None]:
                 spec = running.pop(process)
-                error = _error(process, spec, runs_dir)
-                if error is None:
-                    summary.done_now += 1
-                else:
-                    summary.failed[spec.run_id] = error
-                ended = summary.done_now + len(summary.failed)
-                left = len(waiting) + len(running)
-                minutes = (time.monotonic() - began) / ended * left / 60
-                outcome = "failed" if error else f"{read_record(run_folder(runs_dir, spec)).result.accuracy:.3f}"
-                report(
-                    f"[{summary.done_before + ended}/{len(specs)}] {spec.run_id}: {outcome}; "
-                    f"{left} left, about {minutes:.0f} min"
-                )
+                progress.ended(spec, failure(spec, runs_dir, f"exit code {process.returncode}"))
     except KeyboardInterrupt:
         for process in running:
             process.send_signal(signal.SIGTERM)
         for process in running:
             process.wait(timeout=30)
         raise
-    return summary
+    return progress.summary
+
+
+def failure(spec: RunSpec, runs_dir: Path, ending: str) -> str | None:
+    """None if the run is done, else the last line of what its process said, and how it ended; noted in its folder."""
+    folder = run_folder(runs_dir, spec)
+    if is_done(folder):
+        return None
+    log = folder / LOG
+    said = last_line(log.read_text(errors="replace")) if log.is_file() else "it was not started"
+    error = f"{said} ({ending}; see {log})"
+    prepare_folder(folder)
+    with locked(folder):
+        write_failure(folder, spec, error)
+    return error
+
+
+def result_chapters(profile_name: str, profile: Profile, runs_dir: Path) -> dict[str, tuple[Path, dict[str, str]]]:
+    """{chapter: (the notebook that it is run into, its parameters)} that draw the table and figures of what is done."""
+    folder = runs_dir.resolve() / profile.name
+    parameters = {"profile": absolute(profile_name), "runs_dir": str(runs_dir.resolve())}
+    parameters["figures_dir"] = str(folder / "figures")
+    return {name: (folder / f"{name}.ipynb", parameters) for name in RESULT_CHAPTERS}
+
+
+def draw_results(profile_name: str, profile: Profile, runs_dir: Path) -> None:
+    """Write the table and figures to `<runs_dir>/<profile>/figures`. Raises RuntimeError if a chapter fails."""
+    for name, (output, parameters) in result_chapters(profile_name, profile, runs_dir).items():
+        run_chapter(name, output, **parameters)
 
 
 def run_chapter(name: str, output: Path, **parameters: str) -> None:
     """Run a chapter headless. Raises ValueError for a parameter the chapter does not have, RuntimeError if it fails."""
-    import papermill
+    from papermill import inspect_notebook
 
-    notebook = PROJECT / "notebooks" / f"{name}.ipynb"
-    known = papermill.inspect_notebook(str(notebook))
+    known = inspect_notebook(str(chapter(name)))
     for parameter in parameters:
         if parameter not in known:
             raise ValueError(f"{name} has no parameter {parameter!r}: it has {', '.join(known)}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(output)]
-    for parameter, value in parameters.items():
-        command += ["-r", parameter, str(value)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(papermill(chapter(name), output, parameters), capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"chapter {name} failed: {_last_line(done.stderr)}; see {output}")
+        raise RuntimeError(f"chapter {name} failed: {last_line(done.stderr)}; see {output}")
 
 
 def record_results(profile: Profile, runs_dir: Path, target: Path | None = None) -> int:
@@ -215,9 +257,10 @@ def against_recorded(profile: Profile, specs: list[RunSpec], runs_dir: Path) -> 
     return ["Compared with the recorded results:", *compared_with_recorded(live, recorded)]
 
 
-def preflight(runs_dir: Path, specs: Iterable[RunSpec] = ()) -> None:
-    """See that results can be written and that the runs' bases can be had and fit, before anything is run.
+def preflight(runs_dir: Path, specs: Iterable[RunSpec] = (), here: bool = True) -> None:
+    """See that results can be written and that the runs' bases can be had and fit; fetch base and data once for all.
 
+    here: whether the runs are done on this machine, so that they have to fit on it; another checks that for itself.
     Raises OSError, FileNotFoundError or ValueError saying what to do. The GPU is looked at by a process that ends, so
     that nothing of it is held.
     """
@@ -228,45 +271,34 @@ def preflight(runs_dir: Path, specs: Iterable[RunSpec] = ()) -> None:
     bases = {(spec.base_model, spec.revision, spec.tokenizer): spec for spec in specs}
     for spec in bases.values():
         check_base(spec)
-    large = {spec.method: spec for spec in specs if is_large(spec)}
+    large = {spec.method: spec for spec in specs if here and is_large(spec)}
     if large:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             for spec in large.values():
                 pool.submit(check_memory, spec).result()
+    for spec in bases.values():
+        fetch_base(spec)
+    for source, task in {(spec.data, spec.task): None for spec in specs}:
+        fetch_data(source, task)
 
 
-def _start(profile_name: str, spec: RunSpec, runs_dir: Path) -> subprocess.Popen:
+def _start(profile_name: str, profile: Profile, spec: RunSpec, runs_dir: Path) -> subprocess.Popen:
     folder = run_folder(runs_dir, spec)
     prepare_folder(folder)
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(WORKER), str(folder / "notebook.ipynb")]
-    values = {"profile": profile_name, "task": spec.task, "method": spec.method, "runs_dir": runs_dir.resolve()}
-    if spec.variant is not None:
-        values["variant"] = spec.variant
-    for name, value in values.items():
-        command += ["-r", name, str(value)]
-    numbers = {"seed": spec.seed, "rank": spec.rank, "learning_rate": spec.learning_rate, "steps": spec.steps}
-    for name, value in numbers.items():
-        if value is not None:
-            command += ["-p", name, str(value)]
-    command += ["-r", "split", spec.split]
-    environment = os.environ | {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
-    log = (folder / "worker.log").open("w")
     return subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=PROJECT, start_new_session=True
+        cell_command(profile_name, spec, runs_dir),
+        stdout=(folder / LOG).open("w"),
+        stderr=subprocess.STDOUT,
+        env=os.environ | cell_environment(profile, spec),
+        start_new_session=True,
     )
 
 
-def _error(process: subprocess.Popen, spec: RunSpec, runs_dir: Path) -> str | None:
-    """None if the run is done, else the last line of what its process said; noted in the run's folder."""
-    folder = run_folder(runs_dir, spec)
-    if is_done(folder):
-        return None
-    said = _last_line((folder / "worker.log").read_text(errors="replace"))
-    error = f"{said} (exit code {process.returncode}; see {folder / 'worker.log'})"
-    with locked(folder):
-        write_failure(folder, spec, error)
-    return error
+def chapter(name: str) -> Path:
+    """The notebook of a chapter."""
+    return PROJECT / "notebooks" / f"{name}.ipynb"
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """The last line with something in it."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")

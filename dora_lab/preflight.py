@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the planner needs PyTorch, and small runs need no planner
 
 SHORTEST_TOKENS = 128  # a run whose cut-off is not known yet has sequences of this length at least
 ALWAYS_FITS_PARAMETERS = 50_000_000
+BASE_FILES = ["*.json", "*.safetensors", "*.model"]  # what loading a base and its tokenizer reads
 HUB_FILE = "https://huggingface.co/{}"
 
 
@@ -44,6 +45,18 @@ def check_base(spec: RunSpec) -> None:
                 f"base model {spec.base_model} has {needed / 1e9:.1f} GB of weights, {folder} has {free / 1e9:.1f} GB "
                 "free: free space there, or let HF_HOME name another folder"
             )
+
+
+def fetch_base(spec: RunSpec) -> None:
+    """Bring a base model of the hub into its cache, whole, so that no run needs the network."""
+    if is_random(spec.base_model) or base_folder(spec.base_model):
+        return
+    if not _is_cached(spec.base_model, spec.revision):
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(spec.base_model, revision=spec.revision, allow_patterns=BASE_FILES)
+    load_config(spec.base_model, spec.revision)
+    load_tokenizer(spec.base_model, spec.revision, spec.tokenizer)
 
 
 def check_memory(spec: RunSpec, tokens: int | None = None) -> None:

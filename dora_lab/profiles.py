@@ -60,6 +60,10 @@ class Profile:
 
     variants: name -> values that differ from the profile's own (`variant`). The grid is the plain runs and those of
     every variant.
+
+    processes: that share one run, each with a GPU of its own where there are any; sharding: what each of them keeps,
+    the whole base under "ddp", a part of it under "fsdp". They are no part of a run's identity: the same examples are
+    read in the same steps, and the record says how many processes there were.
     """
 
     name: str
@@ -111,6 +115,8 @@ class Profile:
     initialisation: Initialisation = "kaiming"
     rank_pattern: dict[str, Positive] = Field(default_factory=dict)
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    processes: Positive = 1
+    sharding: Literal["ddp", "fsdp"] = "ddp"
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -121,6 +127,7 @@ class Profile:
         if missing:
             raise ValueError(f"steps has no entry for the task(s) {', '.join(missing)}")
         check_micro_batch(self.batch_size * self.gradient_accumulation, self.micro_batch_size)
+        check_shared(self.micro_batch_size or self.batch_size, self.processes)
         if (self.cut == "end" or self.answers_cut) and not self.train_on_prompt:
             what = "cut 'end'" if self.cut == "end" else "answers_cut"
             raise ValueError(f"{what} can leave an example without its answer: it needs train_on_prompt true")
@@ -157,6 +164,15 @@ def check_micro_batch(effective: int, micro: int | None) -> None:
     """Raise ValueError if a step's `effective` examples cannot be read `micro` at a time."""
     if micro and effective % micro:
         raise ValueError(f"micro_batch_size {micro} does not divide the {effective} examples of a step: take a divisor")
+
+
+def check_shared(micro: int, processes: int) -> None:
+    """Raise ValueError if `processes` cannot each read the same part of `micro` examples."""
+    if micro % processes:
+        raise ValueError(
+            f"{processes} processes cannot share micro-batches of {micro}: set micro_batch_size to a multiple of their "
+            "number"
+        )
 
 
 def known_profiles() -> list[str]:

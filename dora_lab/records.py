@@ -7,12 +7,11 @@
 import contextlib
 import dataclasses
 import difflib
-import fcntl
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+import socket
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -306,7 +305,7 @@ def prepare_folder(folder: Path) -> None:
     """Make the folder and see that it can be written. Raises OSError naming the path and what to do."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
+        probe = folder / f".writable-{socket.gethostname()}-{os.getpid()}"
         probe.write_bytes(b"0" * 4096)
         probe.unlink()
     except OSError as error:
@@ -316,17 +315,12 @@ def prepare_folder(folder: Path) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's folder alone: a second process with the same run waits here until the first is done."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write by rename: the file is whole or not there. Raises OSError naming the path, with nothing else touched."""
-    temporary = path.with_name(path.name + ".partial")
+    """Write by rename: the file is whole or not there, whoever else writes it at the same time.
+
+    Raises OSError naming the path, with nothing else touched.
+    """
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

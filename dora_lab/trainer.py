@@ -23,6 +23,7 @@ from dora_lab import processes, shards
 from dora_lab.data import IGNORED
 from dora_lab.guards import AtCheckpoints, base_weights, check_parameters, geometry
 from dora_lab.models import answer_loss, checkpoint_layers
+from dora_lab.profiles import check_shared
 from dora_lab.records import RunSpec, write_text
 from dora_lab.sealed import checkpoints, seal, writing
 
@@ -109,11 +110,7 @@ class RunTrainer(Trainer):
                 f"{processes.count()} processes were launched, the Trainer sees {arguments.world_size}: start them "
                 "with `accelerate launch` or `torchrun`, as `-m dora_lab.training`"
             )
-        if micro % arguments.world_size:
-            raise ValueError(
-                f"{arguments.world_size} processes cannot share micro-batches of {micro}: set micro_batch_size to a "
-                "multiple of their number"
-            )
+        check_shared(micro, arguments.world_size)
         arguments.per_device_train_batch_size = micro // arguments.world_size
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are used by several processes, or not at all
         if spec.gradient_checkpointing:

@@ -25,6 +25,7 @@ from dora_lab.checkpoint import save_adapter
 from dora_lab.data import load_examples, tokenized
 from dora_lab.evaluation import PROTOCOLS, Prediction, accuracy, accuracy_by_task, as_row, per_token
 from dora_lab.guards import curve_rows
+from dora_lab.locks import locked
 from dora_lab.models import check_vocabulary, load_config, load_model, load_tokenizer
 from dora_lab.preflight import advice, check_memory, plan_of, preflight
 from dora_lab.profiles import load_profile
@@ -37,7 +38,6 @@ from dora_lab.records import (
     RunSpec,
     environment,
     is_done,
-    locked,
     prepare_folder,
     read_record,
     run_folder,

@@ -95,6 +95,15 @@ def boolq(put) -> bytes:
 # --- what is known ---
 
 
+def test_of_several_that_want_a_file_one_downloads_it(server, cache, boolq):
+    threads = [threading.Thread(target=fetch, args=(BOOLQ, server.url)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert server.asked == [BOOLQ] and (cache / BOOLQ).read_bytes() == boolq
+
+
 def test_a_blob_id_is_gits(tmp_path):
     (tmp_path / "file").write_bytes(b"hello\n")
     assert git_blob_id(tmp_path / "file") == "ce013625030ba8dba906f756967f9e9ca394464a"

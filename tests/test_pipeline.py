@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields, replace
 import pytest
 
 from dora_lab import pipeline
+from dora_lab.cells import WORKER
 from dora_lab.profiles import load_profile
 from dora_lab.records import RunRecord, RunResult, RunSpec, read_records, run_folder, write_record
 from dora_lab.tables import read_published, results_table
@@ -50,7 +51,7 @@ def test_unknown_parameters_are_refused(tmp_path):
 
 
 def test_plain_papermill_refuses_a_mistyped_parameter(tmp_path):
-    command = [sys.executable, "-m", "papermill", str(pipeline.WORKER), str(tmp_path / "out.ipynb")]
+    command = [sys.executable, "-m", "papermill", str(WORKER), str(tmp_path / "out.ipynb")]
     command += ["-p", "profile", "smoke", "-p", "task", "boolq", "-p", "method", "dora", "-p", "sed", "0"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode != 0

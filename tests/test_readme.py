@@ -1,9 +1,12 @@
 """The README's numbers are those of the recorded figures."""
 
+import json
+
 import pandas as pd
 
 from dora_lab.bench import Setting
 from dora_lab.profiles import PROJECT
+from dora_lab.scaling import on_paper, table
 
 README = (PROJECT / "README.md").read_text()
 
@@ -30,7 +33,7 @@ def test_results_are_those_of_the_results_table():
 
 
 def test_costs_are_those_of_the_recorded_benchmark():
-    table = pd.read_csv(PROJECT / "figures" / "costs.csv").set_index(["setting", "variant"])
+    costs = pd.read_csv(PROJECT / "figures" / "costs.csv").set_index(["setting", "variant"])
     plain, dropout = Setting(8, 128).name, Setting(8, 128, dropout=0.05).name
     of = {
         "DoRA": (plain, "dora"),
@@ -43,6 +46,13 @@ def test_costs_are_those_of_the_recorded_benchmark():
     rows = {name: numbers for name, *numbers in table_under("### What DoRA costs")}
     assert set(rows) == set(of)
     for name, numbers in rows.items():
-        expected = table.loc[of[name], ["step", "evaluation", "saved"]]
+        expected = costs.loc[of[name], ["step", "evaluation", "saved"]]
         assert [float(n) for n in numbers] == [round(value, 2) for value in expected], name
-    assert f"{table.loc[(Setting(4, 64).name, 'dora'), 'step']:.2f} of LoRA's step" in README
+    assert f"{costs.loc[(Setting(4, 64).name, 'dora'), 'step']:.2f} of LoRA's step" in README
+
+
+def test_scaling_is_that_of_the_recorded_grid_and_of_the_planner():
+    measured = json.loads((PROJECT / "data" / "results" / "scaling.json").read_text())
+    assert table_under("### How a grid grows with its workers") == table(measured)
+    for line in on_paper():
+        assert line in " ".join(README.split())

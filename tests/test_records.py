@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import threading
 from dataclasses import asdict, replace
 
 import pytest
@@ -17,7 +16,6 @@ from dora_lab.records import (
     RunSpec,
     environment,
     is_done,
-    locked,
     prepare_folder,
     read_failures,
     read_predictions,
@@ -279,25 +277,6 @@ def test_a_folder_without_permission_is_named(tmp_path):
             prepare_folder(tmp_path / "runs" / "tiny")
     finally:
         os.seteuid(user)
-
-
-def test_a_locked_folder_lets_one_in_at_a_time(tmp_path):
-    order, inside = [], threading.Event()
-
-    def second():
-        inside.wait()
-        with locked(tmp_path):
-            order.append("second")
-
-    thread = threading.Thread(target=second)
-    thread.start()
-    with locked(tmp_path):
-        inside.set()
-        thread.join(timeout=0.3)
-        assert thread.is_alive()
-        order.append("first")
-    thread.join(timeout=5)
-    assert order == ["first", "second"]
 
 
 def test_the_environment_says_on_what_a_run_ran(record):

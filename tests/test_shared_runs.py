@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dora_lab import shards, training
+from dora_lab.launch import fine_tune, launch_command
 from dora_lab.profiles import load_profile
 from dora_lab.records import RunSpec, read_failures, read_lines, read_predictions, read_record, run_folder
 from dora_lab.training import finetune
@@ -110,6 +111,28 @@ def test_a_run_from_the_command_line_says_what_is_wrong_in_a_line(tiny_profile, 
         ]
     )
     assert list(tmp_path.glob("tiny/*/record.json"))
+
+
+def with_processes(profile: Path, tmp_path: Path, **values) -> Path:
+    path = tmp_path / "shared.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(profile.read_text()) | values))
+    return path
+
+
+def test_the_profile_says_how_a_run_is_shared(without_dropout, tmp_path):
+    ddp = launch_command(load_profile(with_processes(without_dropout, tmp_path, processes=4)), {"task": "boolq"})
+    assert "--num_processes=4" in ddp and "--multi_gpu" in ddp and "--use_fsdp" not in ddp
+    assert ddp[-3:] == ["-m", "dora_lab.training", "--task=boolq"]
+    fsdp = load_profile(with_processes(without_dropout, tmp_path, processes=2, sharding="fsdp"))
+    assert {"--use_fsdp", "--fsdp_version=2"} <= set(launch_command(fsdp, {}))
+    with pytest.raises(ValueError, match="3 processes cannot share micro-batches of 4: set micro_batch_size to"):
+        load_profile(with_processes(without_dropout, tmp_path, processes=3))
+
+
+def test_how_a_run_is_shared_is_no_part_of_its_identity(without_dropout, tmp_path):
+    alone = RunSpec.from_profile(load_profile(without_dropout), "boolq", "dora")
+    shared = load_profile(with_processes(without_dropout, tmp_path, processes=2, sharding="fsdp"))
+    assert RunSpec.from_profile(shared, "boolq", "dora") == alone
 
 
 # --- FSDP ---
@@ -233,3 +256,28 @@ def test_a_process_that_runs_out_of_memory_ends_the_run_which_goes_on_with_less_
     assert read_record(two).result.micro_batch_size == 2
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
     assert_same_run(one, two)
+
+
+@pytest.mark.slow
+@without_gloo
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_a_cell_of_the_grid_is_done_by_the_processes_of_its_profile(without_dropout, tmp_path, monkeypatch, sharding):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    path = with_processes(without_dropout, tmp_path, processes=2, sharding=sharding, geometry=sharding == "ddp")
+    given = {"profile": str(path), "task": "boolq", "method": "dora", "seed": 0, "rank": None, "runs_dir": ""}
+    spec = RunSpec.from_profile(load_profile(path), "boolq", "dora")
+    record = fine_tune(given, spec, tmp_path / "two")
+    assert record.spec == spec and record.result.processes == 2
+    alone = finetune(spec, tmp_path / "one", progress=False)
+    assert alone.result.train_loss == pytest.approx(record.result.train_loss, rel=1e-4)
+    for ours, theirs in zip(*(read_predictions(run_folder(tmp_path / n, spec)) for n in ("one", "two")), strict=True):
+        assert ours["prediction"] == theirs["prediction"]
+
+
+def test_processes_that_fail_are_quoted(without_dropout, tmp_path, monkeypatch):
+    path = with_processes(without_dropout, tmp_path, processes=2)
+    spec = RunSpec.from_profile(load_profile(path), "boolq", "dora")
+    said = "W1 a warning\nerror: the disk is full\nTraceback of the launcher\n"
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: subprocess.CompletedProcess(command, 1, "", said))
+    with pytest.raises(RuntimeError, match="^2 processes could not do the run: error: the disk is full$"):
+        fine_tune({"profile": str(path), "task": "boolq", "method": "dora"}, spec, tmp_path)
