@@ -245,10 +245,13 @@ def fault_notes(found: list[Effect], answers: Answers, profile: Profile | None =
         f"Faults that hit one method more than the other (`turn` leaves out 0): {_listed(hit)}.",
     ]
     pairs = sum(len(one.seeds) for one in found)
-    for faulty, name in ((False, "Without"), (True, "With")):
+    for faulty, name in (
+        (False, "Without the fault, where a pair may stand in several rows"),
+        (True, "With the fault"),
+    ):
         dora, lora = (sum(one.wins[faulty][i] for one in found) for i in (0, 1))
         notes.append(
-            f"{name} the fault, {dora} of {pairs} single pairs of runs would have been called a win for DoRA, {lora} a "
+            f"{name}, {dora} of {pairs} single pairs of runs would have been called a win for DoRA, {lora} a "
             "win for LoRA (exact McNemar, 5 %)."
         )
     few = sorted({one.fault for one in found if len(one.seeds) == 1})

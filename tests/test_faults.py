@@ -141,7 +141,7 @@ def test_a_fault_that_costs_both_the_same_leaves_the_tie():
 def test_one_seed_speaks_of_two_runs():
     answers, profile = answers_of(HIT, seeds=1), profile_with("prompt-loss")
     found = effects(answers, profile)
-    assert found[0].verdict.endswith("ahead, two runs")
+    assert found[0].verdict.endswith(", two runs")
     assert any(note.startswith("One seed only: prompt-loss") for note in fault_notes(found, answers, profile))
 
 
