@@ -246,18 +246,11 @@ def answer_logits(
 
 def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """(cross-entropy summed over the labelled tokens of a batch of `trainer.collate`, how many those are)."""
-    import torch
     import torch.nn.functional as F
 
     labels = batch["labels"][:, 1:]  # (rows, longest - 1): the token after each position
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-    # Every column that some row labels goes through the output layer, as when results were recorded: taking the single
-    # positions, as `answer_logits` does, would round otherwise, and a run would no longer repeat its record.
-    kept = columns.unique()  # (kept,) sorted
-    logits = model(
-        input_ids=batch["input_ids"], use_cache=False, logits_to_keep=kept
-    ).logits  # (rows, kept, vocabulary)
-    logits = logits[rows, torch.searchsorted(kept, columns.contiguous())].float()  # (positions, vocabulary)
+    logits = answer_logits(model, batch["input_ids"], rows, columns)  # (positions, vocabulary)
     return F.cross_entropy(logits, labels[rows, columns], reduction="sum"), len(rows)
 
 

@@ -113,7 +113,7 @@ def plan_of(spec: RunSpec, tokens: int | None = None, micro: int | None = None) 
             base_precision=spec.dtype if spec.quantisation == "none" else spec.quantisation,
             optimizer=spec.optimizer,
             accumulation=spec.examples_per_step // micro,
-            logit_columns=None if spec.train_on_prompt else min(tokens, max(1, micro // processes) * ANSWER_TOKENS),
+            logit_columns=None if spec.train_on_prompt else min(tokens, ANSWER_TOKENS),
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
     except ValueError:
