@@ -4,8 +4,10 @@ Snakemake lives in an environment of its own (`make snakemake`); a cell runs in 
 with every cell's command and what that takes; `workflow/Snakefile` makes rules of it.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -97,8 +99,7 @@ def run_grid(
                 time.sleep(POLL_S)
                 waiting = [spec for spec in waiting if not _has_ended(progress, spec, before[spec.run_id])]
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=120)
+            _stop(process)
             raise
     text = log.read_text(errors="replace")
     if process.returncode and not any(_changes(run_folder(runs_dir, s)) != before[s.run_id] for s in progress.waiting):
@@ -129,6 +130,14 @@ def _snakemake(grid: Path, folder: Path, options: list[str], target: str, said) 
     return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
 
 
+def _stop(process: subprocess.Popen) -> None:
+    """End Snakemake, which cancels what it has submitted, and with it the workers that it has started here."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=120)
+
+
 def _limits(folder: Path, profile: Profile, spec: RunSpec, jobs: int | None) -> list[str]:
     """How much may run at a time: on this machine by its cores and GPUs, elsewhere by the number of jobs."""
     if yaml.safe_load((folder / "config.yaml").read_text()).get("executor", "local") != "local":
@@ -150,9 +159,9 @@ def _has_ended(progress: Progress, spec: RunSpec, before: list[int]) -> bool:
     if is_done(folder):
         progress.ended(spec, None)
         return True
-    note = folder / "failure.json"
     if spec.run_id not in progress.summary.failed and _changes(folder)[1] != before[1]:
-        progress.ended(spec, json.loads(note.read_text())["error"])
+        with contextlib.suppress(FileNotFoundError):  # a run that is done this moment takes its old note away
+            progress.ended(spec, json.loads((folder / "failure.json").read_text())["error"])
     return False
 
 

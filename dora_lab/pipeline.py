@@ -14,7 +14,6 @@ from pathlib import Path
 
 from dora_lab.cells import LOG, absolute, cell_command, cell_environment, papermill
 from dora_lab.data import fetch_data
-from dora_lab.locks import locked
 from dora_lab.preflight import check_base, check_memory, fetch_base, is_large
 from dora_lab.profiles import PROJECT, Profile, load_profile
 from dora_lab.records import (
@@ -182,9 +181,7 @@ def failure(spec: RunSpec, runs_dir: Path, ending: str) -> str | None:
     log = folder / LOG
     said = last_line(log.read_text(errors="replace")) if log.is_file() else "it was not started"
     error = f"{said} ({ending}; see {log})"
-    prepare_folder(folder)
-    with locked(folder):
-        write_failure(folder, spec, error)
+    write_failure(folder, spec, error)
     return error
 
 
@@ -278,7 +275,7 @@ def preflight(runs_dir: Path, specs: Iterable[RunSpec] = (), here: bool = True) 
                 pool.submit(check_memory, spec).result()
     for spec in bases.values():
         fetch_base(spec)
-    for source, task in {(spec.data, spec.task): None for spec in specs}:
+    for source, task in dict.fromkeys((spec.data, spec.task) for spec in specs):
         fetch_data(source, task)
 
 
