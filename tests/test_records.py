@@ -67,7 +67,7 @@ OTHER_CHOICE |= {"cut": "end", "variant": "other"}
 
 def test_every_field_but_names_and_places_moves_the_identity(tiny_spec):
     spec = tiny_spec()
-    other = {str: "other", int: 7, float: 0.5, bool: None, list: ["q_proj"], type(None): 7}
+    other = {str: "other", int: 7, float: 0.5, list: ["q_proj"], dict: {"q_proj": 7}, type(None): 7}
     for name, value in asdict(spec).items():
         changed = not value if isinstance(value, bool) else other[type(value)]
         changed = OTHER_CHOICE.get(name, changed)
@@ -85,7 +85,8 @@ def test_every_recorded_run_has_the_identity_that_its_folder_has():
         assert {r.spec.run_id for r in records} == {path.parent.name for path in folder.glob("*/record.json")}
         for spec in (record.spec for record in records):
             rate, steps = spec.learning_rate, spec.steps  # a rate may have been tuned since
-            again = RunSpec.from_profile(profile, spec.task, spec.method, spec.rank, spec.seed, rate, steps, spec.split)
+            kind = (spec.task, spec.method, spec.rank, spec.seed)
+            again = RunSpec.from_profile(profile, *kind, rate, steps, spec.split, spec.variant)
             assert (folder / again.run_id / "record.json").is_file(), f"{spec.run_id} is now {again.run_id}"
         assert of_profile(profile, records)
 
