@@ -189,12 +189,12 @@ def spectra(
 @app.command()
 def allocate(
     out: Annotated[Path, typer.Argument(help="Profile to write, NAME.yaml: a variant for every criterion and budget.")],
-    profile: Annotated[str, typer.Option(help="Name of the profile that it extends.")] = "mini",
+    profile: ProfileOption = "mini",
     task: Annotated[list[str] | None, typer.Option(help="These tasks; the profile's if left out.")] = None,
     rank: Annotated[list[int] | None, typer.Option(min=1, help="Budgets, as uniform ranks; 2 and 4.")] = None,
     method: Annotated[str, typer.Option(help="lora or dora.")] = "dora",
 ) -> None:
-    """Choose a rank for every module by each criterion, within the budget of a uniform rank, and write a profile."""
+    """Choose a rank for every module by each criterion at equal parameters; write a profile that extends PROFILE."""
     from dataclasses import replace
 
     from dora_lab.profiles import load_profile
@@ -205,7 +205,8 @@ def allocate(
         loaded = load_profile(profile)
         loaded = replace(loaded, tasks=task or loaded.tasks)
         found = allocate_all(loaded, rank or [2, 4], method, report=typer.echo)
-        write_text(out, profile_text(out.stem, loaded, method, found))
+        extends = str(Path(profile).resolve()) if Path(profile).is_file() else profile
+        write_text(out, profile_text(out.stem, extends, loaded, method, found))
     except (ValueError, OSError) as error:
         _fail(error)
     typer.echo(f"written: {out}")

@@ -104,7 +104,7 @@ def difference_table(cells: Cells) -> pd.DataFrame:
                 first, second = ({task: runs[task] for task in sorted(both)} for runs in (own, against))
                 draws = list(task_draws(first, second).values()) if both else []
                 row[other] = mean_interval(draws) if both else None
-                if both and other == "uniform":
+                if other == "uniform" and both and row[other].seeds > 1:  # one seed says nothing of a criterion
                     p_values[criterion, rank] = difference_p_value(draws)
             rows.append(row)
     table = pd.DataFrame(rows, columns=["criterion", "rank", "uniform", *CONTROLS])

@@ -102,24 +102,26 @@ def is_uniform(allocation: RankAllocation) -> bool:
     return len(set(allocation.rank_pattern.values())) == 1
 
 
-def profile_text(name: str, extends: Profile, method: str, allocations: Allocations) -> str:
+def profile_text(name: str, extends: str, profile: Profile, method: str, allocations: Allocations) -> str:
     """A profile with a variant for every allocation, as YAML that `load_profile` reads.
+
+    extends: the name or path of `profile`, whose tasks and rank these are.
 
     Uniform ranks have no pattern, so that their runs are those of the profile that is extended; at its own rank they
     are the plain runs. A criterion that allots uniform ranks has no variant.
     """
     lines = [
         "# Made by `dora-lab allocate`, from the base's weights and training data alone. See dora_lab/rank_study.py.",
-        f"extends: {extends.name}",
+        f"extends: {extends}",
         f"name: {name}",
-        f"summary: ranks by criterion at equal trainable parameters, with controls; {', '.join(extends.tasks)}",
-        f"tasks: [{', '.join(extends.tasks)}]",
+        f"summary: ranks by criterion at equal trainable parameters, with controls; {', '.join(profile.tasks)}",
+        f"tasks: [{', '.join(profile.tasks)}]",
         f"methods: [{method}]",
         "variants:",
     ]
     for (criterion, rank), own in allocations.items():
         if criterion == "uniform":
-            lines += [f"  {variant_name(criterion, rank)}: {{rank: {rank}}}"] if rank != extends.rank else []
+            lines += [f"  {variant_name(criterion, rank)}: {{rank: {rank}}}"] if rank != profile.rank else []
         elif is_uniform(own):
             lines.append(f"  # {variant_name(criterion, rank)}: the uniform ranks")
         else:

@@ -102,3 +102,31 @@ def test_a_stopped_grid_goes_on_and_keeps_what_was_finished(two_runs, tmp_path, 
         name = f"two/{record.spec.run_id}/predictions.jsonl"
         assert (tmp_path / name).read_bytes() == (unbroken / name).read_bytes()
     shutil.rmtree(unbroken)
+
+
+# --- ranks ---
+
+
+def test_spectra_of_a_models_folder_are_written_and_gone_on_with(tiny_base, tmp_path):
+    call = ("spectra", "--model", tiny_base, "--out", tmp_path / "out.csv", "--target", "q_proj")
+    first, again = _call(*call), _call(*call)
+    assert first.returncode == again.returncode == 0
+    assert "[2/2] model.layers.1.self_attn.q_proj: stable rank" in first.stdout and "[2/2]" not in again.stdout
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 3
+
+
+def test_spectra_need_a_folder():
+    done = _call("spectra", "--model", "yahma/llama-7b-hf")
+    assert done.returncode == 2 and "is no folder: fetch the model" in done.stderr
+
+
+def test_allocating_ranks_writes_a_profile_whose_runs_can_be_made(tiny_profile, tmp_path):
+    values = yaml.safe_load(tiny_profile.read_text()) | {"batch_size": 1}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(values))
+    done = _call("allocate", tmp_path / "own.yaml", "--profile", tmp_path / "base.yaml", "--rank", 3, "--task", "boolq")
+    assert done.returncode == 2 and "60 batches of 1 need 60 training examples" in done.stderr
+    done = _call("allocate", tmp_path / "own.yaml", "--profile", tmp_path / "base.yaml", "--rank", 3)
+    assert done.returncode == 0, done.stderr
+    own = load_profile(tmp_path / "own.yaml")
+    assert {"stable-rank-3", "update-spectrum-3", "shuffled-3", "reversed-3"} <= own.variants.keys()
+    assert own.tasks == values["tasks"] and own.methods == ["dora"]

@@ -108,7 +108,7 @@ def test_the_profile_that_is_written_is_the_allocations_that_were_made(tiny_prof
     tiny = replace(load_profile(tiny_profile), batch_size=1, train_examples=30)
     found = allocate_all(tiny, [1, 3], criteria=("uniform", "stable_rank", "effective_rank"), report=lambda _: None)
     path = tmp_path / "own.yaml"
-    path.write_text(profile_text("own", tiny, "dora", found).replace("extends: tiny", f"extends: {tiny_profile}"))
+    path.write_text(profile_text("own", str(tiny_profile), tiny, "dora", found))
     own = load_profile(path)
     assert own.variants["uniform-3"] == {"rank": 3} and "uniform-2" not in own.variants
     assert own.variants["stable-rank-3"] == {"rank": 3, "rank_pattern": found["stable_rank", 3].rank_pattern}

@@ -60,12 +60,13 @@ def folder(record, tmp_path):
 
 OTHER_CHOICE = {"method": "lora", "split": "validation", "task": "winogrande", "evaluation": "generate"}
 OTHER_CHOICE |= {"revision": "other", "tokenizer": "other", "quantisation": "nf4", "optimizer": "adamw-8bit"}
+OTHER_CHOICE |= {"method_pattern": {"q_proj": "lora"}}
 OTHER_CHOICE |= {"cut": "end", "variant": "other", "initialisation": "pissa", "evaluation_prompt": "alpaca"}
 
 
 def test_every_field_but_names_and_places_moves_the_identity(tiny_spec):
     spec = tiny_spec()
-    other = {str: "other", int: 7, float: 0.5, bool: None, list: ["q_proj"], type(None): 7, dict: {"q_proj": "lora"}}
+    other = {str: "other", int: 7, float: 0.5, list: ["q_proj"], dict: {"q_proj": 7}, type(None): 7}
     for name, value in asdict(spec).items():
         changed = not value if isinstance(value, bool) else other[type(value)]
         changed = OTHER_CHOICE.get(name, changed)
