@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 from dora_lab.profiles import Profile, load_profile
 from dora_lab.records import PARAMETERS, RunRecord, RunSpec, is_done, read_record, run_folder
+from dora_lab.worker import WANTED
 
 # Of FSDP2: every decoder layer is spread over the processes by itself.
 FSDP = ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"]
@@ -29,7 +31,8 @@ def fine_tune(namespace: Mapping[str, Any], spec: RunSpec, runs_dir: Path) -> Ru
 
     Raises what `finetune` raises; of several processes RuntimeError, with the last that they said.
     """
-    atexit.register(gc.freeze)  # searching all that PyTorch has loaded for cycles takes a kernel two seconds at its end
+    if WANTED in os.environ:
+        _spare_seconds(spec)
     profile, folder = load_profile(namespace["profile"]), run_folder(runs_dir, spec)
     if profile.processes == 1 or is_done(folder):
         from dora_lab.training import finetune
@@ -46,3 +49,10 @@ def fine_tune(namespace: Mapping[str, Any], spec: RunSpec, runs_dir: Path) -> Ru
         said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         raise RuntimeError(f"{profile.processes} processes could not do the run: {(said or [done.stderr[-2000:]])[-1]}")
     return read_record(folder)
+
+
+def _spare_seconds(spec: RunSpec) -> None:
+    """In a kernel that a grid has started for this one run, leave out what takes seconds and the run has no use for."""
+    if spec.quantisation == "none" and spec.optimizer == "adamw":
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # PEFT imports it where it is installed
+    atexit.register(gc.freeze)  # at exit, the search for cycles through all that PyTorch has loaded

@@ -1,6 +1,7 @@
 """Papermill, as the cells of a grid start it: with GPUs of its own, and without two seconds that no notebook needs.
 
-`python -m dora_lab.worker` takes papermill's arguments. `DORA_LAB_GPUS` says how many GPUs the notebook is to have.
+`python -m dora_lab.worker` takes papermill's arguments. `DORA_LAB_GPUS` says how many GPUs the notebook is to have, and
+that it is a cell of a grid: one run, after which its kernel ends.
 """
 
 import atexit

@@ -281,3 +281,18 @@ def test_processes_that_fail_are_quoted(without_dropout, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command, **how: subprocess.CompletedProcess(command, 1, "", said))
     with pytest.raises(RuntimeError, match="^2 processes could not do the run: error: the disk is full$"):
         fine_tune({"profile": str(path), "task": "boolq", "method": "dora"}, spec, tmp_path)
+
+
+def test_only_the_kernel_of_a_cell_leaves_out_what_its_run_does_not_need(tiny_profile, tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom dora_lab.launch import fine_tune\nfrom dora_lab.profiles import "
+        "load_profile\nfrom dora_lab.records import RunSpec\nprofile, runs = sys.argv[1:]\n"
+        "spec = RunSpec.from_profile(load_profile(profile), 'boolq', 'lora', steps=1)\n"
+        "fine_tune({'profile': profile, 'task': 'boolq', 'method': 'lora'}, spec, Path(runs))\n"
+        "print(sys.modules.get('bitsandbytes', 'not asked for') is None)"
+    )
+    command = [sys.executable, "-c", code, str(tiny_profile), str(tmp_path)]
+    of_a_cell = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DORA_LAB_GPUS": "0"})
+    of_a_student = subprocess.run(command, capture_output=True, text=True)
+    assert of_a_cell.stdout.splitlines()[-1:] == ["True"], of_a_cell.stderr
+    assert of_a_student.stdout.splitlines()[-1:] == ["False"], of_a_student.stderr
