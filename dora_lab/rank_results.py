@@ -172,7 +172,8 @@ def write_ranks(cells: Cells, differences: pd.DataFrame, folder: Path) -> Path:
     )
     text = [
         "# Ranks by criterion at equal trainable parameters",
-        "Accuracy in percent ± half the 95 % interval over seeds; `rank` is that of the uniform budget.",
+        "Accuracy in percent ± half the 95 % interval over seeds; `rank` is that of the uniform budget. What "
+        "allots one rank to all modules has no row: those are the uniform runs.",
         _lines(shown),
         "Mean over tasks of the difference in accuracy, paired by seed and question, with 95 % limits:",
         _lines(shown_differences(differences)),

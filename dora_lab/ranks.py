@@ -132,8 +132,9 @@ def proportional_ranks(
 ) -> dict[str, int]:
     """Ranks in proportion to `scores` (at least 0), each between 1 and min(out, in); largest remainders are rounded up.
 
-    The factor of proportion is the one that meets the budget before rounding. A module that cannot be raised because
-    the rest of the budget is less than its cost leaves it to the next. All scores 0 count as equal.
+    The factor of proportion is the one that meets the budget before rounding. Of equal remainders the larger score goes
+    first, then the first in order. A module that cannot be raised because the rest of the budget is less than its cost
+    leaves it to the next. All scores 0 count as equal.
     """
     _check(shapes, budget, method, scores)
     largest = {name: min(shape) for name, shape in shapes.items()}
@@ -156,7 +157,7 @@ def proportional_ranks(
         factor += (budget - here) * (corners[place] - factor) / (there - here)
     exact = wanted(factor)
     ranks = {name: int(own) for name, own in exact.items()}
-    order = sorted(shapes, key=lambda name: (ranks[name] - exact[name], ranks[name]))  # sorted keeps ties in order
+    order = sorted(shapes, key=lambda name: (ranks[name] - exact[name], -weights[name]))  # sorted keeps ties in order
     return _spent(shapes, budget, ranks, order, method)
 
 
