@@ -309,6 +309,7 @@ def test_a_submission_may_use_its_own_folder_and_notebook_commands(submission, c
     assert names == {"read": "ok"} and capsys.readouterr().out == "'ok'\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "problem"), [("while True: pass", TimeLimit), ("import os\nos._exit(0)", WorkerDied)]
 )

@@ -69,6 +69,7 @@ def test_six_runs_with_their_steps_and_tokens(runs):
     assert needed_share(runs, 6) == pytest.approx(2 * needed_share(runs, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_lengths_are_of_the_cache_where_it_has_them(real_data, tmp_path, monkeypatch):
     import dataclasses
