@@ -105,6 +105,14 @@ class AdapterConfig:
         return replace(self, method=method, rank=rank, alpha=alpha, method_pattern={})
 
 
+def layer_of(name: str) -> int:
+    """The number of a module's layer: the first number in its name. Raises ValueError if it has none."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    if not numbers:
+        raise ValueError(f"module {name!r} has no layer number in its name: give modules of a decoder's layers")
+    return numbers[0]
+
+
 def is_named(name: str, target: str) -> bool:
     """Whether a module's name is what a target says: the whole name, or all that follows a dot."""
     return name == target or name.endswith("." + target)

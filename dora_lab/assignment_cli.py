@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from dora_lab.exits import told
+
 app = typer.Typer(no_args_is_help=True, help="Build assignments from the chapters, and grade what comes back.")
 
 NumberArgument = Annotated[str, typer.Argument(help="01, 02, 03 or 04; `assignment list` says what they are.")]
@@ -27,10 +29,8 @@ def build(number: NumberArgument, out: OutOption) -> None:
     from dora_lab.assignments.build import build as build_assignment
     from dora_lab.assignments.catalogue import find_assignment
 
-    try:
+    with told():
         path = build_assignment(find_assignment(number), out)
-    except (ValueError, OSError) as error:
-        _fail(error)
     typer.echo(f"for students: {path}")
 
 
@@ -40,10 +40,8 @@ def samples(number: NumberArgument, out: OutOption) -> None:
     from dora_lab.assignments.catalogue import find_assignment
     from dora_lab.assignments.samples import write_samples
 
-    try:
+    with told():
         write_samples(find_assignment(number), out, typer.echo)
-    except (ValueError, OSError) as error:
-        _fail(error)
 
 
 @app.command()
@@ -59,18 +57,8 @@ def grade(
     from dora_lab.assignments.catalogue import find_assignment
     from dora_lab.assignments.grade import grade as grade_submissions
 
-    try:
+    with told(RuntimeError, kept="what is graded is kept"):
         chosen = find_assignment(assignment) if assignment else None
         memory_bytes = int(memory_gb * 2**30)
         table = grade_submissions(submissions, out, chosen, jobs, seconds, memory_bytes, typer.echo)
-    except (ValueError, OSError, RuntimeError) as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: what is graded is kept; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
     typer.echo(f"grades: {table}; a page for each student: {out / 'feedback'}")
-
-
-def _fail(error: Exception) -> None:
-    typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(2)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from dora_lab.assignment_cli import app as assignment_app
+from dora_lab.exits import told
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -13,11 +14,6 @@ app.add_typer(assignment_app, name="assignment")
 
 ProfileOption = Annotated[str, typer.Option(help="Name of a profile, or path of a .yaml file.")]
 RunsOption = Annotated[Path, typer.Option(help="Where runs are kept.")]
-
-
-def _fail(error: Exception) -> None:
-    typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(2)
 
 
 @app.command()
@@ -48,7 +44,7 @@ def reproduce(
     from dora_lab.profiles import load_profile
 
     runs = runs_dir.resolve()
-    try:
+    with told(RuntimeError, kept="finished runs are kept"):
         loaded = load_profile(profile)
         specs = pipeline.grid(loaded, None if seeds is None else list(range(seeds)), method, rank, variant)
         pipeline.preflight(runs, specs, here=engine == "local")
@@ -58,11 +54,6 @@ def reproduce(
         else:
             summary = cluster.run_grid(profile, specs, runs, jobs, typer.echo, snakemake_profile)
             cluster.draw_results(profile, loaded, specs, runs)
-    except (ValueError, OSError, RuntimeError) as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: finished runs are kept; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
     figures = runs / loaded.name / "figures"
     typer.echo((figures / "results.md").read_text())
     for line in pipeline.against_recorded(loaded, specs, runs_dir):
@@ -89,7 +80,7 @@ def sweep(
     from dora_lab.profiles import load_profile
     from dora_lab.sweep import SWEEP, best_rates, read_sweep, run_sweep, sweep_specs
 
-    try:
+    with told(kept="finished runs are kept"):
         loaded = load_profile(profile)
         specs = sweep_specs(loaded)
         preflight(runs_dir, specs)
@@ -97,11 +88,6 @@ def sweep(
         recorded = read_sweep(earlier) if earlier.exists() else []
         rows = run_sweep(specs, runs_dir, jobs or loaded.jobs, typer.echo, recorded)
         chosen = best_rates(rows)
-    except (ValueError, OSError) as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: finished runs are kept; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
     typer.echo(f"all scores: {runs_dir / loaded.name / SWEEP}; the best mean of each, for the profile:")
     typer.echo("learning_rate:")
     for method in sorted(loaded.learning_rate):
@@ -115,10 +101,8 @@ def record(profile: ProfileOption = "mini", runs_dir: RunsOption = Path("runs"))
     from dora_lab import pipeline
     from dora_lab.profiles import load_profile
 
-    try:
+    with told():
         count = pipeline.record_results(load_profile(profile), runs_dir)
-    except (ValueError, OSError) as error:
-        _fail(error)
     typer.echo(f"{count} runs recorded in {pipeline.RECORDED / profile}")
 
 
@@ -133,7 +117,7 @@ def fetch(
     from dora_lab.tasks import MIXTURE, TASKS
 
     folder = llm_adapters_folder()
-    try:
+    with told():
         needed = {file: (of, split) for name in task or [*TASKS, MIXTURE] for of, split, file in files_of(name)}
         for file, (of, split) in needed.items():
             if listed:
@@ -141,8 +125,6 @@ def fetch(
                 typer.echo(f"    -> {folder / file.path}")
             else:
                 typer.echo(f"{folder / file.path}: {count_fetched(of, split)} records")
-    except (ValueError, OSError) as error:
-        _fail(error)
 
 
 @app.command()
@@ -154,10 +136,8 @@ def pretrain(
     """Make the mini-world's task files, tokenizer and base model again from the one fixed schedule. Resumes."""
     from dora_lab.miniworld.pretraining import pretrain as run
 
-    try:
+    with told():
         run(out, threads=threads, compile=compile)
-    except (ValueError, OSError) as error:
-        _fail(error)
 
 
 @app.command()
@@ -173,16 +153,11 @@ def spectra(
     from dora_lab.models import base_folder
     from dora_lab.spectra import write_spectra
 
-    try:
+    with told(kept="finished rows are kept"):
         folder = base_folder(model)
         if folder is None:
             raise ValueError(f"{model} is no folder: fetch the model and give its folder, beginning with ./ or /")
         rows = write_spectra(folder, out, target or LLAMA_TARGETS, typer.echo)
-    except (ValueError, OSError) as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: finished rows are kept; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
     typer.echo(f"{len(rows)} weights: {out}")
 
 
@@ -201,14 +176,12 @@ def allocate(
     from dora_lab.rank_study import allocate_all, profile_text
     from dora_lab.records import write_text
 
-    try:
+    with told():
         loaded = load_profile(profile)
         loaded = replace(loaded, tasks=task or loaded.tasks)
         found = allocate_all(loaded, rank or [2, 4], method, report=typer.echo)
         extends = str(Path(profile).resolve()) if Path(profile).is_file() else profile
         write_text(out, profile_text(out.stem, extends, loaded, method, found))
-    except (ValueError, OSError) as error:
-        _fail(error)
     typer.echo(f"written: {out}")
 
 
@@ -240,10 +213,8 @@ def plan(
     choices = {"method": method, "rank": rank, "batch": batch, "length": length, "dropout": dropout}
     choices |= {"target_modules": tuple(target or LLAMA_TARGETS), "checkpointing": checkpointing}
     choices |= {"base_precision": base_precision, "optimizer": optimizer, "accumulation": accumulation}
-    try:
+    with told():
         planned = plan_memory(find_shape(model), logit_columns=logit_columns, **choices)
-    except (ValueError, OSError) as error:
-        _fail(error)
     typer.echo(f"{planned.job.shape.name}: {planned.job.name}")
     for row in plan_rows(planned):
         typer.echo(f"  {row['part']:12} {row['bytes'] / 1e9:8.2f} GB {row['percent']:5.1f} %")
@@ -262,15 +233,10 @@ def bench(
     """Measure steps and bytes of LoRA and DoRA, ours and PEFT's, in turns, and write them to OUT."""
     from dora_lab.bench import run, write
 
-    try:
+    with told(kept="finished settings are kept"):
         partial = out.with_suffix(".partial")
         write(run(turns=turns, report=typer.echo, partial=partial), out)
         partial.unlink(missing_ok=True)
-    except (ValueError, OSError) as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: finished settings are kept; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
     typer.echo(f"written: {out}")
 
 
@@ -282,11 +248,9 @@ def scaling(
     from dora_lab.bench import write
     from dora_lab.scaling import measure, on_paper, table
 
-    try:
+    with told(RuntimeError):
         measured = measure(report=typer.echo)
         write(measured, out)
-    except (ValueError, OSError, RuntimeError) as error:
-        _fail(error)
     for row in table(measured):
         typer.echo(f"| {' | '.join(row)} |")
     typer.echo("1,000 cells of LLaMA-7B on 64 GPUs, on paper:")
@@ -304,12 +268,10 @@ def claims(
     from dora_lab.claims import read_claims, run_claims, write_claims
     from dora_lab.report_outputs import FILES, fetch_outputs
 
-    try:
+    with told():
         for method in FILES if fetch else ():
             typer.echo(f"{fetch_outputs(method)}: verified")
         page = write_claims(run_claims(read_claims(), typer.echo), figures_dir)
-    except (ValueError, OSError) as error:
-        _fail(error)
     typer.echo(f"the claims: {page}")
 
 
@@ -330,10 +292,8 @@ def measure_7b(
     from dora_lab.measure import Workload, measure
 
     work = Workload(model, rank, batch, length, logit_columns=logit_columns, cap_gb=cap_gb)
-    try:
+    with told():
         write(measure(work, tuple(variant) if variant else None, steps, typer.echo), out)
-    except (ValueError, OSError) as error:
-        _fail(error)
     typer.echo(f"written: {out}")
 
 
@@ -345,8 +305,6 @@ def book(
     """Run every chapter headless and set the book: static HTML that needs no network. Resumes."""
     from dora_lab.book import build
 
-    try:
+    with told(RuntimeError):
         index = build(out.resolve(), profile, typer.echo)
-    except (ValueError, OSError, RuntimeError) as error:
-        _fail(error)
     typer.echo(f"the book: {index}")

@@ -23,7 +23,7 @@ from dora_lab.cells import LOG, needs, papermill, shell_line
 from dora_lab.machine import detect
 from dora_lab.pipeline import Progress, Summary, chapter, failure, last_line, result_chapters
 from dora_lab.profiles import PROJECT, Profile, load_profile
-from dora_lab.records import RunSpec, is_done, prepare_folder, run_folder, write_text
+from dora_lab.records import FAILURE, RunSpec, is_done, prepare_folder, run_folder, write_text
 
 WORKFLOW = Path(__file__).parent / "workflow"
 PROFILES = WORKFLOW / "profiles"
@@ -149,7 +149,7 @@ def _limits(folder: Path, profile: Profile, spec: RunSpec, jobs: int | None) -> 
 
 def _changes(folder: Path) -> list[int]:
     """When the traces that a cell leaves were last written."""
-    paths = [folder / name for name in ("record.json", "failure.json", LOG)]
+    paths = [folder / name for name in ("record.json", FAILURE, LOG)]
     return [path.stat().st_mtime_ns if path.is_file() else 0 for path in paths]
 
 
@@ -161,7 +161,7 @@ def _has_ended(progress: Progress, spec: RunSpec, before: list[int]) -> bool:
         return True
     if spec.run_id not in progress.summary.failed and _changes(folder)[1] != before[1]:
         with contextlib.suppress(FileNotFoundError):  # a run that is done this moment takes its old note away
-            progress.ended(spec, json.loads((folder / "failure.json").read_text())["error"])
+            progress.ended(spec, json.loads((folder / FAILURE).read_text())["error"])
     return False
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from dora_lab.bench import EVALUATED, Setting
 from dora_lab.figures import METHOD_COLOURS, STYLE
 from dora_lab.records import write_text
+from dora_lab.tables import markdown_table
 
 NAMES = {
     "base": "frozen base",
@@ -98,7 +99,6 @@ def write_costs(found: Mapping, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table = cost_table(found)
-    lines = ["| " + " | ".join(row) + " |" for row in [table.columns, ["---"] * len(table.columns), *table.to_numpy()]]
     text = [
         "# The cost of DoRA",
         "",
@@ -107,7 +107,7 @@ def write_costs(found: Mapping, folder: str | Path) -> list[Path]:
         "",
         f"Measured: {measured_on(found)}.",
         "",
-        *lines,
+        markdown_table(table),
     ]
     paths = [folder / "costs.csv", folder / "costs.md"]
     write_text(paths[0], cost_ratios(found).to_csv(index=False, float_format="%.4f", lineterminator="\n"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from dora_lab.adapter_config import layer_of
 from dora_lab.adapters import adapted_modules, initial_weight
 from dora_lab.geometry import delta_direction, delta_magnitude
 from dora_lab.records import LIVE_CURVE, RunSpec, write_lines
@@ -114,7 +115,7 @@ def geometry(model, before: dict[str, Tensor | None], step: int) -> list[dict]:
             rows.append(
                 {
                     "step": step,
-                    "layer": next(int(part) for part in name.split(".") if part.isdigit()),
+                    "layer": layer_of(name),
                     "module": name.rpartition(".")[2],
                     "delta_magnitude": delta_magnitude(weight, base),
                     "delta_direction": delta_direction(weight, base),

@@ -10,8 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from dora_lab.adapter_config import layer_of
 from dora_lab.figures import METHOD_COLOURS, STYLE, drawn_limits
-from dora_lab.hybrid_tables import Point, layer_of
+from dora_lab.hybrid_tables import Point
 from dora_lab.hybrids import MAGNITUDE, METHOD_OF, UPDATE, Part
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from dora_lab.adapter_config import layer_of
 from dora_lab.comparison_tables import Answers, both
 from dora_lab.comparisons import difference_p_value, holm, macro_difference, task_draws
 from dora_lab.records import RunRecord, RunSpec
 from dora_lab.statistics import Interval, seed_interval
-from dora_lab.tables import METHOD_NAMES, TASK_NAMES, kind_name
+from dora_lab.tables import METHOD_NAMES, TASK_NAMES, kind_name, markdown_table
 
 SIGNIFICANT = 0.05
 ONE_SEED = "one seed, nothing said of methods"
@@ -140,13 +141,11 @@ def verdicts(table: pd.DataFrame) -> list[str]:
 def write_hybrids(points: Sequence[Point], table: pd.DataFrame, folder: Path, source: str) -> Path:
     """Write `hybrids.md`: the table of accuracies and the verdicts. `source` says which runs these are."""
     shown = accuracy_table(points)
-    lines = [shown.columns, ["---", "---:"] + ["---:"] * (shown.shape[1] - 2), *shown.to_numpy()]
-    grid = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
     head = (
         f"{source}. Accuracy in percent, mean ± half the 95 % interval over seeds (Student's t); `parameters` are the "
         "trained ones. Differences are macro-averages over the tasks, paired by seed and question.\n"
     )
-    page = f"# Hybrids, accuracy for what is trained\n\n{head}\n{grid}\n\n" + "".join(
+    page = f"# Hybrids, accuracy for what is trained\n\n{head}\n{markdown_table(shown, words=1)}\n\n" + "".join(
         f"- {v}\n" for v in verdicts(table)
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,14 +159,6 @@ def method_table(methods: Mapping[str, str]) -> pd.DataFrame:
     for name, method in methods.items():
         rows[layer_of(name)][name.rpartition(".")[2]] = "DoRA" if method == "dora" else _SHORT.get(method, method)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
-
-
-def layer_of(name: str) -> int:
-    """The number of a module's layer: the first number in its name. Raises ValueError if it has none."""
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    if not numbers:
-        raise ValueError(f"module {name!r} has no layer number in its name: give modules of a decoder's layers")
-    return numbers[0]
 
 
 _SHORT = {"lora": METHOD_NAMES["lora"], "dora-magnitude": "m"}

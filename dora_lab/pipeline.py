@@ -17,6 +17,7 @@ from dora_lab.data import fetch_data
 from dora_lab.preflight import check_base, check_memory, fetch_base, is_large
 from dora_lab.profiles import PROJECT, Profile, load_profile
 from dora_lab.records import (
+    FAILURE,
     LOW_RANK,
     RunRecord,
     RunSpec,
@@ -35,7 +36,7 @@ from dora_lab.tables import compared_with_recorded
 RESULT_CHAPTERS = ("08_results", "09_update_geometry")
 RECORDED = PROJECT / "data" / "results"
 NEEDED_BYTES = 200 * 2**20  # free disk below which a grid is not started
-KEPT = ("record.json", "predictions.jsonl", "curve.jsonl", "geometry.jsonl", "failure.json")
+KEPT = ("record.json", "predictions.jsonl", "curve.jsonl", "geometry.jsonl", FAILURE)
 
 
 @dataclass

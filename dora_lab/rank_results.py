@@ -19,7 +19,7 @@ from dora_lab.rank_study import CONTROLLED, criterion_of
 from dora_lab.ranks import CONTROLS, CRITERIA
 from dora_lab.records import read_predictions, read_records, run_folder, write_text
 from dora_lab.statistics import Interval, correct_by_id, seed_interval, wording
-from dora_lab.tables import TASK_NAMES
+from dora_lab.tables import TASK_NAMES, markdown_table
 
 CRITERION_NAMES = {
     "uniform": "uniform",
@@ -174,17 +174,12 @@ def write_ranks(cells: Cells, differences: pd.DataFrame, folder: Path) -> Path:
         "# Ranks by criterion at equal trainable parameters",
         "Accuracy in percent ± half the 95 % interval over seeds; `rank` is that of the uniform budget. What "
         "allots one rank to all modules has no row: those are the uniform runs.",
-        _lines(shown),
+        markdown_table(shown),
         "Mean over tasks of the difference in accuracy, paired by seed and question, with 95 % limits:",
-        _lines(shown_differences(differences)),
+        markdown_table(shown_differences(differences)),
         "\n".join(f"- {line}" for line in verdict(differences)),
     ]
     path = Path(folder) / "ranks.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "\n\n".join(text) + "\n")
     return path
-
-
-def _lines(table: pd.DataFrame) -> str:
-    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)

@@ -223,8 +223,9 @@ class RunSpec:
             default = field.default if factory is dataclasses.MISSING else factory()
             if default is not dataclasses.MISSING and values.get(field.name) == default:
                 values.pop(field.name, None)
-        if "method_pattern" in values:  # the first key that matches counts: their order is part of what it is
-            values["method_pattern"] = list(values["method_pattern"].items())
+        for name, value in values.items():
+            if isinstance(value, dict):  # of a pattern the first key that matches counts: the order is part of it
+                values[name] = list(value.items())
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         rank = "" if self.rank is None else f"-r{self.rank}"
         variant = "" if self.variant is None else f"-{self.variant}"

@@ -226,8 +226,9 @@ def write_results(
     return [folder / "results.md", folder / "results.csv"]
 
 
-def markdown_table(shown: pd.DataFrame, words: int) -> str:
-    """The frame as a Markdown table; the first `words` columns are set to the left, the others to the right."""
+def markdown_table(shown: pd.DataFrame, words: int | None = None) -> str:
+    """The frame in Markdown; the first `words` columns, or all, are set to the left, the others to the right."""
+    words = shown.shape[1] if words is None else words
     lines = [shown.columns, ["---"] * words + ["---:"] * (shown.shape[1] - words), *shown.to_numpy()]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 

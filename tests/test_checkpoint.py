@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_llama import base_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from dora_lab.adapters import LLAMA_TARGETS, AdapterConfig, adapted_modules, attach, merge, unmerge
 from dora_lab.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
@@ -25,15 +26,6 @@ CONFIGS = {
 every_adapter = pytest.mark.parametrize("method", list(CONFIGS))
 TABLE_6 = {"up_proj": "dora-magnitude", "down_proj": "dora-magnitude"}  # the paper's, in part
 WEIGHT_KEY = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-def base_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 def randomise(parameters) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dora_lab import hybrids
+from dora_lab.adapter_config import layer_of
 from dora_lab.adapters import adapted_modules, attach
 from dora_lab.hybrid_figures import (
     accuracy_for_parameters,
@@ -19,7 +20,6 @@ from dora_lab.hybrid_tables import (
     contrast_intervals,
     contrast_table,
     contrasts,
-    layer_of,
     method_table,
     points_of,
     run_name,

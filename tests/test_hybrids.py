@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from small_llama import as_if_trained, base_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from dora_lab import geometry, hybrids
 from dora_lab.adapters import (
@@ -37,15 +38,6 @@ MIXED = {"0.self_attn.q_proj": "frozen", "(q|k)_proj": "lora", "up_proj": "dora-
 CLASSES = {"lora": LoRALinear, "dora": DoRALinear, "dora-magnitude": MagnitudeLinear}
 
 
-def base_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, 32, (3, 7), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
@@ -54,11 +46,8 @@ def batch(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def hybrid(method: str = "dora", pattern=MIXED) -> LlamaForCausalLM:
-    model = attach(base_model(), AdapterConfig(method, 2, 4, target_modules=TARGETS, method_pattern=pattern))
-    generator = torch.Generator().manual_seed(1)
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
+    config = AdapterConfig(method, 2, 4, target_modules=TARGETS, method_pattern=pattern)
+    return as_if_trained(attach(base_model(), config))
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from small_llama import as_if_trained, base_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from dora_lab import geometry, guards
@@ -29,24 +30,8 @@ TOKENS = torch.randint(0, 32, (2, 6), generator=torch.Generator().manual_seed(0)
 either_method = pytest.mark.parametrize("method", ["lora", "dora"])
 
 
-def base_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
 def with_pissa(method: str, **settings) -> LlamaForCausalLM:
     return attach(base_model(), AdapterConfig(method, 3, 4, initialisation="pissa", **settings))
-
-
-def as_if_trained(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def logits(model: nn.Module) -> torch.Tensor:

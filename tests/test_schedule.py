@@ -8,12 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dora_lab.adapters import AdapterConfig, attach
 from dora_lab.job import Job
-from dora_lab.models import checkpoint_layers, llama_config
+from dora_lab.models import checkpoint_layers, llama_config, load_tokenizer
 from dora_lab.profiles import load_profile
 from dora_lab.quantised import random_llama
 from dora_lab.schedule import (
     RECORDED_TOKENS,
     hours,
+    measured_tokens,
     needed_share,
     needed_tokens_per_s,
     operations_per_token,
@@ -82,6 +83,13 @@ def test_lengths_are_of_the_cache_where_it_has_them(real_data, tmp_path, monkeyp
     found = planned_runs(profile)
     assert [run.lengths for run in found] == 2 * ["this cache"] + 4 * ["recorded"]
     assert found[0].tokens == pytest.approx(found[0].steps * 16 * RECORDED_TOKENS["boolq"], rel=0.01)
+    (tmp_path / "hellaswag").mkdir()
+    rebuilt = real_data / "llm_adapters" / "hellaswag" / "validation_reconstructed.json"
+    (tmp_path / "hellaswag" / "test.json").symlink_to(rebuilt)
+    tokenizer = load_tokenizer(profile.base_model, profile.revision, profile.tokenizer)
+    for name, source in (("winogrande", real_data / "llm_adapters"), ("hellaswag", tmp_path)):
+        measured = measured_tokens(profile, name, tokenizer, str(source), "test")
+        assert measured == pytest.approx(RECORDED_TOKENS[name], rel=0.01)
 
 
 def test_a_task_without_lengths_says_how_to_get_them(monkeypatch, tmp_path):
