@@ -120,6 +120,7 @@ def test_spectra_need_a_folder():
     assert done.returncode == 2 and "is no folder: fetch the model" in done.stderr
 
 
+@pytest.mark.slow
 def test_allocating_ranks_writes_a_profile_whose_runs_can_be_made(tiny_profile, tmp_path):
     values = yaml.safe_load(tiny_profile.read_text()) | {"batch_size": 1}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(values))
