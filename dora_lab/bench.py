@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from dora_lab.adapters import LLAMA_TARGETS, AdapterConfig, attach, merge
+from dora_lab.files import write_text
 from dora_lab.kernels import adapted_norm, norm_kind, squared_norm
 from dora_lab.models import checkpoint_layers
 from dora_lab.quantised import quantise
-from dora_lab.records import environment, write_text
+from dora_lab.records import environment
 
 VARIANTS = ("base", "lora", "lora-peft", "dora", "dora-reference", "dora-peft", "dora-peft-sped-up")
 EVALUATED = (*VARIANTS, "dora-merged")

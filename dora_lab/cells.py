@@ -9,7 +9,8 @@ from pathlib import Path
 
 from dora_lab.preflight import is_large, plan_of
 from dora_lab.profiles import PROJECT, Profile
-from dora_lab.records import PARAMETERS, RunSpec, run_folder
+from dora_lab.records import run_folder
+from dora_lab.specs import PARAMETERS, RunSpec
 from dora_lab.worker import WANTED
 
 WORKER = PROJECT / "notebooks" / "07_fine_tune.ipynb"

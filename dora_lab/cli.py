@@ -172,9 +172,9 @@ def allocate(
     """Choose a rank for every module by each criterion at equal parameters; write a profile that extends PROFILE."""
     from dataclasses import replace
 
+    from dora_lab.files import write_text
     from dora_lab.profiles import load_profile
     from dora_lab.rank_study import allocate_all, profile_text
-    from dora_lab.records import write_text
 
     with told():
         loaded = load_profile(profile)

@@ -20,10 +20,12 @@ from pathlib import Path
 import yaml
 
 from dora_lab.cells import LOG, needs, papermill, shell_line
+from dora_lab.files import prepare_folder, write_text
 from dora_lab.machine import detect
 from dora_lab.pipeline import Progress, Summary, chapter, failure, last_line, result_chapters
 from dora_lab.profiles import PROJECT, Profile, load_profile
-from dora_lab.records import FAILURE, RunSpec, is_done, prepare_folder, run_folder, write_text
+from dora_lab.records import FAILURE, is_done, run_folder
+from dora_lab.specs import RunSpec
 
 WORKFLOW = Path(__file__).parent / "workflow"
 PROFILES = WORKFLOW / "profiles"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from dora_lab.bench import EVALUATED, Setting
 from dora_lab.figures import METHOD_COLOURS, STYLE
-from dora_lab.records import write_text
+from dora_lab.files import write_text
 from dora_lab.tables import markdown_table
 
 NAMES = {

@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from dora_lab.comparisons import by_seed, difference_p_value, holm
+from dora_lab.files import write_text
 from dora_lab.pipeline import RECORDED, of_profile
 from dora_lab.profiles import Profile, load_profile
-from dora_lab.records import RunRecord, read_failures, read_predictions, read_records, run_folder, write_text
+from dora_lab.records import RunRecord, read_failures, read_predictions, read_records, run_folder
 from dora_lab.statistics import Interval, correct_by_id, draws_together, wording
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES, markdown_table
 

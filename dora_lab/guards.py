@@ -11,10 +11,12 @@ from transformers import TrainerCallback
 
 from dora_lab.adapter_config import layer_of
 from dora_lab.adapters import adapted_modules, initial_weight
+from dora_lab.files import write_lines
 from dora_lab.geometry import delta_direction, delta_magnitude
-from dora_lab.records import LIVE_CURVE, RunSpec, write_lines
+from dora_lab.records import LIVE_CURVE
 from dora_lab.sealed import writing
 from dora_lab.shards import gathered
+from dora_lab.specs import RunSpec
 
 GEOMETRY_MODULES = ("q_proj", "v_proj")
 DIVERGED = 2.0  # a loss this many times that of guessing among all tokens, or of the run's beginning, is no training

@@ -14,7 +14,8 @@ import pandas as pd
 from dora_lab.adapter_config import layer_of
 from dora_lab.comparison_tables import Answers, both
 from dora_lab.comparisons import difference_p_value, holm, macro_difference, task_draws
-from dora_lab.records import RunRecord, RunSpec
+from dora_lab.records import RunRecord
+from dora_lab.specs import RunSpec
 from dora_lab.statistics import Interval, seed_interval
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES, kind_name, markdown_table
 

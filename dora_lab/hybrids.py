@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dora_lab.adapters import AdapterConfig, adapted_modules, attach
 from dora_lab.models import answer_loss, load_model, load_tokenizer
-from dora_lab.records import RunSpec
+from dora_lab.specs import RunSpec
 
 UPDATE, MAGNITUDE = "update", "magnitude"
 BATCHES, DRAWS = (

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.profiles import Profile, load_profile
-from dora_lab.records import PARAMETERS, RunRecord, RunSpec, is_done, read_record, run_folder
+from dora_lab.records import RunRecord, is_done, read_record, run_folder
+from dora_lab.specs import PARAMETERS, RunSpec
 from dora_lab.worker import WANTED
 
 # Of FSDP2: every decoder layer is spread over the processes by itself.

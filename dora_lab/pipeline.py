@@ -14,21 +14,20 @@ from pathlib import Path
 
 from dora_lab.cells import LOG, absolute, cell_command, cell_environment, papermill
 from dora_lab.data import fetch_data
+from dora_lab.files import prepare_folder
 from dora_lab.preflight import check_base, check_memory, fetch_base, is_large
 from dora_lab.profiles import PROJECT, Profile, load_profile
 from dora_lab.records import (
     FAILURE,
-    LOW_RANK,
     RunRecord,
-    RunSpec,
     is_done,
-    prepare_folder,
     read_predictions,
     read_record,
     read_records,
     run_folder,
     write_failure,
 )
+from dora_lab.specs import LOW_RANK, RunSpec
 from dora_lab.statistics import correct_by_id
 from dora_lab.sweep import SWEEP
 from dora_lab.tables import compared_with_recorded

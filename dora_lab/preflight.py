@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_lab.models import base_folder, is_random, load_config, load_tokenizer
-from dora_lab.records import RunSpec
 from dora_lab.shapes import Shape, find_shape
+from dora_lab.specs import RunSpec
 
 if TYPE_CHECKING:  # the planner needs PyTorch, and small runs need no planner
     from dora_lab.memory import Plan

@@ -13,11 +13,12 @@ from pathlib import Path
 import pandas as pd
 
 from dora_lab.comparisons import difference_p_value, holm, mean_interval, task_draws
+from dora_lab.files import write_text
 from dora_lab.pipeline import of_profile
 from dora_lab.profiles import Profile
 from dora_lab.rank_study import CONTROLLED, criterion_of
 from dora_lab.ranks import CONTROLS, CRITERIA
-from dora_lab.records import read_predictions, read_records, run_folder, write_text
+from dora_lab.records import read_predictions, read_records, run_folder
 from dora_lab.statistics import Interval, correct_by_id, seed_interval, wording
 from dora_lab.tables import TASK_NAMES, markdown_table
 

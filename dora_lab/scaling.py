@@ -17,7 +17,8 @@ from dora_lab.job import FLOAT
 from dora_lab.machine import processor
 from dora_lab.preflight import plan_of
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunSpec, read_record, run_folder
+from dora_lab.records import read_record, run_folder
+from dora_lab.specs import RunSpec
 
 CHECKPOINTS = 2  # kept of a run that goes on: what is trained and the optimizer's two numbers for each
 STORE_BYTES_S = 5e9  # of a shared file system, which is assumed

@@ -15,8 +15,8 @@ from dora_lab.fetch import llm_adapters_folder, repository_path
 from dora_lab.job import Job
 from dora_lab.models import load_tokenizer
 from dora_lab.profiles import Profile
-from dora_lab.records import RunSpec
 from dora_lab.shapes import SHAPES, Shape
+from dora_lab.specs import RunSpec
 from dora_lab.tasks import task
 from dora_lab.trainer import order
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dora_lab.records import write_text
+from dora_lab.files import write_text
 
 SEAL = "whole.json"  # written last into a checkpoint: the hash of each of its files
 

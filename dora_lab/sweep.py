@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from dora_lab.files import prepare_folder
 from dora_lab.profiles import Profile
-from dora_lab.records import RunSpec, is_done, prepare_folder, read_record, run_folder
+from dora_lab.records import is_done, read_record, run_folder
+from dora_lab.specs import RunSpec
 
 SWEEP = "sweep.csv"
 COLUMNS = ("task", "method", "rank", "learning_rate", "seed", "accuracy", "run_id")

@@ -21,11 +21,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from dora_lab import processes, shards
 from dora_lab.data import IGNORED
+from dora_lab.files import write_text
 from dora_lab.guards import AtCheckpoints, base_weights, check_parameters, geometry
 from dora_lab.models import answer_loss, checkpoint_layers
 from dora_lab.profiles import check_shared
-from dora_lab.records import RunSpec, write_text
 from dora_lab.sealed import checkpoints, seal, writing
+from dora_lab.specs import RunSpec
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw-8bit": "adamw_bnb_8bit", "paged-adamw": "paged_adamw_32bit"}
 SORTED_BATCHES = 50  # batches whose examples are sorted by length together

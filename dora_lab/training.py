@@ -24,6 +24,7 @@ from dora_lab.adapters import attach, trainable_parameters
 from dora_lab.checkpoint import save_adapter
 from dora_lab.data import load_examples, tokenized
 from dora_lab.evaluation import PROTOCOLS, Prediction, accuracy, accuracy_by_task, as_row, per_token
+from dora_lab.files import prepare_folder, write_lines, write_text
 from dora_lab.guards import curve_rows
 from dora_lab.locks import locked
 from dora_lab.models import check_vocabulary, load_config, load_model, load_tokenizer
@@ -32,21 +33,17 @@ from dora_lab.profiles import load_profile
 from dora_lab.records import (
     FAILURE,
     LIVE_CURVE,
-    PARAMETERS,
     RunRecord,
     RunResult,
-    RunSpec,
     environment,
     is_done,
-    prepare_folder,
     read_record,
     run_folder,
     write_failure,
-    write_lines,
     write_record,
-    write_text,
 )
 from dora_lab.sealed import last_whole_checkpoint, writing
+from dora_lab.specs import PARAMETERS, RunSpec
 from dora_lab.tasks import Example, task
 from dora_lab.trainer import RunTrainer, order
 

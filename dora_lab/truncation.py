@@ -17,7 +17,8 @@ from dora_lab.checkpoint import load_adapter
 from dora_lab.kernels import weight_of
 from dora_lab.models import load_model
 from dora_lab.probes import target_linears
-from dora_lab.records import RunSpec, run_folder
+from dora_lab.records import run_folder
+from dora_lab.specs import RunSpec
 
 Update = Mapping[str, tuple[Tensor, Tensor, Tensor]]  # module -> U (out, n), singular values (n,), Vᵀ (n, in)
 

@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may touch the netwo
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from dora_lab.profiles import PROJECT, load_profile
-from dora_lab.records import RunSpec
+from dora_lab.specs import RunSpec
 
 THINGS = [f"thing{i}" for i in range(24)]
 ADJECTIVES = ("heavy", "light", "hot", "cold")

@@ -10,8 +10,9 @@ import yaml
 from dora_lab import preflight, worker
 from dora_lab.cells import WORKER, cell_command, cell_environment, needs, shell_line
 from dora_lab.profiles import PROJECT, load_profile
-from dora_lab.records import PARAMETERS, RunSpec, run_folder, spec_from_notebook
+from dora_lab.records import run_folder
 from dora_lab.shapes import SHAPES
+from dora_lab.specs import PARAMETERS, RunSpec, spec_from_notebook
 
 
 def given(command: list[str]) -> dict:

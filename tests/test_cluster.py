@@ -16,8 +16,9 @@ import yaml
 
 from dora_lab import cluster, pipeline, preflight
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunSpec, is_done, read_failures, read_record, run_folder
+from dora_lab.records import is_done, read_failures, read_record, run_folder
 from dora_lab.shapes import SHAPES
+from dora_lab.specs import RunSpec
 
 CONFIGURATION = Path("/etc/slurm/slurm.conf")  # where a job's own srun looks
 MARK = "# Written by dora_lab's tests and taken away by them.\n"

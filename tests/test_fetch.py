@@ -17,7 +17,7 @@ from dora_lab import fetch as fetching
 from dora_lab.data import count_fetched, data_sha256, load_examples
 from dora_lab.fetch import FILES, MIXTURE_FILE, RemoteFile, cache_folder, fetch, files_of, git_blob_id
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunSpec
+from dora_lab.specs import RunSpec
 from dora_lab.tasks import TASKS, task
 
 COMMAND = str(Path(sys.executable).with_name("dora-lab"))

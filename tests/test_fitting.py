@@ -11,19 +11,13 @@ from safetensors.torch import load_file
 
 from dora_lab import guards, trainer, training
 from dora_lab.data import IGNORED, load_examples, tokenized
+from dora_lab.files import read_lines
 from dora_lab.models import load_model, load_tokenizer
 from dora_lab.preflight import plan_of
 from dora_lab.profiles import load_profile
 from dora_lab.quantised import bitsandbytes_config
-from dora_lab.records import (
-    LIVE_CURVE,
-    RunSpec,
-    is_done,
-    read_failures,
-    read_lines,
-    read_predictions,
-    run_folder,
-)
+from dora_lab.records import LIVE_CURVE, is_done, read_failures, read_predictions, run_folder
+from dora_lab.specs import RunSpec
 from dora_lab.training import finetune, smaller_micro_batch
 
 

@@ -29,7 +29,7 @@ from dora_lab.hybrid_tables import (
 from dora_lab.hybrids import MAGNITUDE, UPDATE, Part
 from dora_lab.models import load_model
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunSpec
+from dora_lab.specs import RunSpec
 
 TASKS = ("boolq", "hellaswag", "winogrande")
 

@@ -14,7 +14,8 @@ import pytest
 from dora_lab import locks
 from dora_lab.locks import locked
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunSpec, read_predictions, read_record, run_folder
+from dora_lab.records import read_predictions, read_record, run_folder
+from dora_lab.specs import RunSpec
 
 NO_FLOCK = """
 import errno, fcntl

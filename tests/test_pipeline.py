@@ -11,7 +11,8 @@ import pytest
 from dora_lab import pipeline
 from dora_lab.cells import WORKER
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunRecord, RunResult, RunSpec, read_records, run_folder, write_record
+from dora_lab.records import RunRecord, RunResult, read_records, run_folder, write_record
+from dora_lab.specs import RunSpec
 from dora_lab.tables import read_published, results_table
 
 

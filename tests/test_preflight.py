@@ -12,8 +12,8 @@ import yaml
 from dora_lab import pipeline, preflight, training
 from dora_lab.preflight import check_base, check_memory, plan_of
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunSpec
 from dora_lab.shapes import SHAPES
+from dora_lab.specs import RunSpec
 
 GIB = 2**30
 

@@ -19,8 +19,8 @@ from dora_lab.rank_figures import (
 from dora_lab.rank_results import Cell, accuracy_table, difference_table, read_cells, verdict, write_ranks
 from dora_lab.rank_study import allocate_all, criterion_of, profile_text, training_batches, variant_name
 from dora_lab.ranks import CONTROLS, CRITERIA, adapter_parameters, reversed_ranks, shuffled_ranks, uniform_budget
-from dora_lab.records import RunSpec
 from dora_lab.shapes import SHAPES
+from dora_lab.specs import RunSpec
 
 STUDY = "mini-ranks"
 LINEARS = SHAPES["mini-world"].linears

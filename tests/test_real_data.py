@@ -12,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_lab.data import IGNORED, load_examples, tokenized
 from dora_lab.evaluation import generate, likelihood
+from dora_lab.files import read_lines
 from dora_lab.models import load_base
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunSpec, read_lines, read_predictions, run_folder
+from dora_lab.records import read_predictions, run_folder
+from dora_lab.specs import RunSpec
 from dora_lab.training import finetune
 
 pytestmark = pytest.mark.real_data

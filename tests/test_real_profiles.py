@@ -10,10 +10,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_lab.data import IGNORED, load_examples, tokenized
+from dora_lab.files import read_lines
 from dora_lab.models import load_tokenizer
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunSpec, read_lines, read_predictions, run_folder
+from dora_lab.records import read_predictions, run_folder
 from dora_lab.report_recipe import evaluation_text
+from dora_lab.specs import RunSpec
 from dora_lab.tasks import prompt
 from dora_lab.training import finetune
 

@@ -7,26 +7,24 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from dora_lab import records
+from dora_lab import files
+from dora_lab.files import prepare_folder, write_lines
 from dora_lab.pipeline import of_profile
 from dora_lab.profiles import PROJECT, known_profiles, load_profile
 from dora_lab.records import (
     RunRecord,
     RunResult,
-    RunSpec,
     environment,
     is_done,
-    prepare_folder,
     read_failures,
     read_predictions,
     read_record,
     read_records,
     run_folder,
-    spec_from_notebook,
     write_failure,
-    write_lines,
     write_record,
 )
+from dora_lab.specs import RunSpec, spec_from_notebook
 
 
 @pytest.fixture
@@ -254,7 +252,7 @@ def test_a_full_disk_is_named_and_loses_nothing(record, folder, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(records.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match=r"cannot write .*record.json \(No space left on device\): free space") as caught:
         write_record(folder, record)
     assert caught.value.errno == errno.ENOSPC

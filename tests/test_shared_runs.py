@@ -14,9 +14,11 @@ import yaml
 from safetensors.torch import load_file
 
 from dora_lab import shards, training
+from dora_lab.files import read_lines
 from dora_lab.launch import fine_tune, launch_command
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunSpec, read_failures, read_lines, read_predictions, read_record, run_folder
+from dora_lab.records import read_failures, read_predictions, read_record, run_folder
+from dora_lab.specs import RunSpec
 from dora_lab.training import finetune
 
 without_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")

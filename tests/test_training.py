@@ -20,8 +20,9 @@ from dora_lab.adapters import METHODS, AdapterConfig, attach
 from dora_lab.checkpoint import load_adapter
 from dora_lab.data import load_examples, tokenized
 from dora_lab.evaluation import as_row, likelihood
+from dora_lab.files import read_lines
 from dora_lab.models import load_base
-from dora_lab.records import is_done, read_failures, read_lines, read_predictions, read_record, run_folder
+from dora_lab.records import is_done, read_failures, read_predictions, read_record, run_folder
 from dora_lab.training import finetune
 
 ROWS = ("predictions.jsonl", "curve.jsonl", "geometry.jsonl")
@@ -292,7 +293,7 @@ def test_half_written_checkpoints_mean_a_fresh_start(uninterrupted, tiny_spec, s
 CHILD = """
 import sys
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunSpec
+from dora_lab.specs import RunSpec
 from dora_lab.training import finetune
 profile, runs, steps = sys.argv[1:]
 finetune(RunSpec.from_profile(load_profile(profile), "boolq", "dora", steps=int(steps)), runs)

@@ -14,7 +14,8 @@ from nbconvert import HTMLExporter
 
 from dora_lab import geometry, power, widgets
 from dora_lab.profiles import load_profile
-from dora_lab.records import LIVE_CURVE, RunRecord, RunResult, RunSpec, read_record, write_record
+from dora_lab.records import LIVE_CURVE, RunRecord, RunResult, read_record, write_record
+from dora_lab.specs import RunSpec
 from dora_lab.widgets import detectable, direction, live, panel, ranks, stepper
 
 CHANGES = {

@@ -16,7 +16,7 @@ from nbformat import NotebookNode
 
 from dora_lab.assignments import student
 from dora_lab.assignments.catalogue import Assignment
-from dora_lab.records import write_text
+from dora_lab.files import write_text
 
 SOLUTION = re.compile(r"^[ \t]*### BEGIN SOLUTION\n(?P<body>.*?)^[ \t]*### END SOLUTION\n?", re.M | re.S)
 HIDDEN = re.compile(r"^[ \t]*### BEGIN HIDDEN TESTS\n.*?^[ \t]*### END HIDDEN TESTS\n?", re.M | re.S)

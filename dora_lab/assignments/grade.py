@@ -22,7 +22,7 @@ from dora_lab.assignments import isolation, sandbox
 from dora_lab.assignments.build import marking, points_of
 from dora_lab.assignments.catalogue import ASSIGNMENTS, Assignment, find_assignment
 from dora_lab.assignments.repair import read_submission, repair
-from dora_lab.records import write_text
+from dora_lab.files import write_text
 
 SUBMISSION_SECONDS = 600.0  # for one whole submission
 LARGEST_FOLDER = 200 * 2**20  # of files handed in with a notebook

@@ -13,7 +13,7 @@ from nbformat import NotebookNode
 
 from dora_lab.assignments.build import cut, is_test, marking, student_copy
 from dora_lab.assignments.catalogue import Assignment
-from dora_lab.records import write_text
+from dora_lab.files import write_text
 
 HOSTILE = """\
 import builtins, os, socket, subprocess, sys

@@ -14,8 +14,8 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
+from dora_lab.files import write_text
 from dora_lab.profiles import PROJECT, explain
-from dora_lab.records import write_text
 
 CLAIMS = PROJECT / "data" / "claims.yaml"
 # modules of this package that hold tests

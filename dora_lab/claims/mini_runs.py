@@ -11,9 +11,10 @@ import numpy as np
 from dora_lab.claims.ledger import NotHere, Outcome
 from dora_lab.comparisons import by_seed, difference_p_value, holm, macro_difference, win_tie_loss
 from dora_lab.figures import geometry_correlations
+from dora_lab.files import read_lines
 from dora_lab.pipeline import RECORDED, answers_of, of_profile
 from dora_lab.profiles import load_profile
-from dora_lab.records import RunRecord, read_lines, read_records, run_folder
+from dora_lab.records import RunRecord, read_records, run_folder
 from dora_lab.statistics import Interval, paired_difference, paired_draws, seed_interval, wording
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES
 

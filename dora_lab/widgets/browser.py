@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from dora_lab.data import data_sha256, load_examples
 from dora_lab.figures import METHOD_COLOURS
 from dora_lab.profiles import PROJECT
-from dora_lab.records import RunRecord, RunSpec, read_predictions, read_records
+from dora_lab.records import RunRecord, read_predictions, read_records
+from dora_lab.specs import RunSpec
 from dora_lab.tables import TASK_NAMES, kind_name, kinds_of
 from dora_lab.widgets.panel import LABEL_WIDTH, WIDE, Drawing, Panel, canvas, slider, table_html
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import ipywidgets
 from matplotlib.figure import Figure
 
+from dora_lab.files import read_lines
 from dora_lab.profiles import PROJECT
-from dora_lab.records import LIVE_CURVE, is_done, read_lines
+from dora_lab.records import LIVE_CURVE, is_done
 from dora_lab.widgets.panel import LABEL_WIDTH, WIDE, Drawing, Panel, button, canvas, log_axis
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
