@@ -1,28 +1,25 @@
-"""The report's figures, from run records: Figure 3 (bars of accuracy) and Figure 1 (ΔM against ΔD).
+"""What figures share (style, colours, saving, showing), and the report's Figure 3: bars of accuracy from run records.
 
 Every figure comes with its alt text, made from the same numbers. Colours are Okabe and Ito's, and hatches and markers
-say the same once more. The table beside them is made in `tables`.
+say the same once more. The table beside the bars is made in `tables`, Figure 1 in `geometry_figures`.
 """
 
 import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from dora_lab.statistics import Interval, seed_interval
+from dora_lab.statistics import Interval
 from dora_lab.tables import (
-    METHOD_NAMES,
     PUBLISHED_MODEL,
     TASK_NAMES,
     cells_of,
@@ -34,28 +31,9 @@ from dora_lab.tables import (
     results_table,
     shown_table,
     tasks_of,
-    write_results,
 )
 
-__all__ = [
-    "geometry_correlations",
-    "geometry_scatter",
-    "geometry_scatter_alt",
-    "results_bars",
-    "results_bars_alt",
-    "results_table",
-    "save_figure",
-    "show",
-    "shown_table",
-    "write_results",
-]
-
 METHOD_COLOURS = {"lora": "#E69F00", "dora": "#0072B2", "full": "#009E73", "dora-magnitude": "#CC79A7"}
-# Correlation of ΔD with ΔM on VL-BART, query matrices; Liu et al. 2024 (arXiv 2402.09353), Section 3.2
-PAPER_CORRELATION = {"full": -0.62, "lora": 0.83, "dora": -0.31}
-NO_TURN = 1e-12  # a ΔD that varies by no more than this is rounding: where only magnitudes are trained, say
-_LAYER_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
-_MARKERS = "os^DvPX*"
 _METHOD_HATCHES = {"lora": "", "dora": "..", "full": "\\\\", "dora-magnitude": "++"}
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6}
 
@@ -101,7 +79,10 @@ def results_bars(records: Sequence, published: Mapping, failures: Sequence[Mappi
                 chance = 100 * cell["chance"]
                 right.plot([place - 0.46, place + 0.46], [chance, chance], "--", color="black", lw=1, zorder=3)
         if cells:
-            looks += [_key("o", "black", "one seed", face="white"), _key("|", "black", "95 % over seeds, cut at 100")]
+            looks += [
+                marker_key("o", "black", "one seed", face="white"),
+                marker_key("|", "black", "95 % over seeds, cut at 100"),
+            ]
             looks.append(Line2D([], [], ls="--", color="black", lw=1, label="chance"))
         _finish(left, f"Published: {PUBLISHED_MODEL} on the real tasks", tasks, [look for look, _ in quoted], 2)
         _finish(right, f"These runs: {model_of(records, 'none yet')}", tasks, looks, 3)
@@ -168,139 +149,9 @@ def _finish(axis: Axes, title: str, tasks: Sequence[str], handles: list, columns
         axis.legend(handles=handles, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.09), frameon=False)
 
 
-# --- update geometry: the report's Figure 1 ---------------------------------------------------------------------------
-
-
-def geometry_correlations(rows: Sequence[Mapping]) -> pd.DataFrame:
-    """Pearson correlation of ΔD with ΔM over layers and checkpoints: one a seed, then mean and 95 % limits over seeds.
-
-    Mean and limits are taken on Fisher's scale, artanh r, and brought back.
-
-    rows: dicts with method, seed, step, layer, module, delta_magnitude, delta_direction of one task. Columns `method`,
-    `module` ("q_proj", "v_proj", "both"), `seeds`, `points` (a seed), `correlation`, `low`, `high`, `paper_vl_bart`.
-    The paper's value is for query matrices. A seed whose ΔM or ΔD does not vary has no correlation and is not counted
-    in `seeds`.
-    """
-    frame = _geometry_frame(rows)
-    out = []
-    for method in _methods_of(frame):
-        for module in [*sorted(frame["module"].unique()), "both"]:
-            chosen = frame[(frame["method"] == method) & ((frame["module"] == module) | (module == "both"))]
-            groups = [group for _, group in chosen.groupby("seed")]
-            found = [_pearson(group) for group in groups]
-            found = [value for value in found if not math.isnan(value)]
-            interval = _fisher_interval(found)
-            row = {"method": method, "module": module, "seeds": len(found), "points": max(map(len, groups), default=0)}
-            row |= {"correlation": interval.estimate, "low": interval.low, "high": interval.high}
-            paper = PAPER_CORRELATION.get(method, math.nan) if module == "q_proj" else math.nan
-            out.append(row | {"paper_vl_bart": paper})
-    return pd.DataFrame(out)
-
-
-def geometry_scatter(rows: Sequence[Mapping]) -> Figure:
-    """ΔM against ΔD, one panel a method: colour is the layer, shape the checkpoint, filled query and open value.
-
-    A point is the mean over seeds, the line their least-squares fit; the title has the correlation (mean over seeds,
-    query and value together) with its 95 % limits. Each panel has its own scale. Raises ValueError for no rows.
-    """
-    frame = _geometry_frame(rows)
-    methods, layers = _methods_of(frame), sorted(frame["layer"].unique())
-    checkpoints = sorted(frame["checkpoint"].unique())
-    colours = {layer: _LAYER_COLOURS[i % len(_LAYER_COLOURS)] for i, layer in enumerate(layers)}
-    both = geometry_correlations(rows).query("module == 'both'").set_index("method")
-    keys = ["method", "module", "layer", "checkpoint"]
-    means = frame.groupby(keys)[["delta_magnitude", "delta_direction"]].mean().reset_index()
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.5 * len(methods) + 0.4, 4.3), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, len(methods), squeeze=False)[0]
-        for axis, method in zip(axes, methods, strict=True):
-            own = means[means["method"] == method]
-            if np.ptp(own["delta_direction"]) > NO_TURN:
-                ends = np.array([own["delta_direction"].min(), own["delta_direction"].max()])
-                fit = np.polyfit(own["delta_direction"], own["delta_magnitude"], 1)
-                axis.plot(ends, np.polyval(fit, ends), color="#777777", lw=1, zorder=0)
-            for point in own.itertuples():
-                face = colours[point.layer] if point.module == "q_proj" else "none"
-                marker = _MARKERS[(point.checkpoint - 1) % len(_MARKERS)]
-                x, y, edge = point.delta_direction, point.delta_magnitude, colours[point.layer]
-                axis.scatter(x, y, 36, marker=marker, fc=face, ec=edge, lw=1.2)
-            axis.set_title(f"{METHOD_NAMES[method]}\n{_correlation_text(both.loc[method])}", y=1.07)
-            axis.set_xlabel("ΔD, mean of 1 − cosine")
-            axis.margins(0.08)
-            axis.ticklabel_format(style="sci", scilimits=(-2, 3))
-        axes[0].set_ylabel("ΔM, mean change of magnitude")
-        first = [Patch(fc=colour, label=f"layer {layer}") for layer, colour in colours.items()]
-        steps, second = frame.groupby("checkpoint")["step"].unique(), []
-        for checkpoint in checkpoints:
-            label = f"step {steps[checkpoint][0]}" if len(steps[checkpoint]) == 1 else f"checkpoint {checkpoint}"
-            second.append(_key(_MARKERS[(checkpoint - 1) % len(_MARKERS)], "#777777", label))
-        second += [_key("o", "black", "query (filled)"), _key("o", "black", "value (open)", face="none")]
-        blank = Line2D([], [], ls="", label=" ")
-        pairs = zip_longest(first, second, fillvalue=blank)  # a legend fills column by column
-        entries = [entry for pair in pairs for entry in pair]
-        figure.legend(handles=entries, loc="outside lower center", ncols=len(entries) // 2, frameon=False)
-    return figure
-
-
-def geometry_scatter_alt(rows: Sequence[Mapping]) -> str:
-    """Alt text of `geometry_scatter`: per method the correlation and the ranges of both axes."""
-    frame, table = _geometry_frame(rows), geometry_correlations(rows)
-    parts = []
-    for method in _methods_of(frame):
-        own, of = frame[frame["method"] == method], table[table["method"] == method].set_index("module")
-        split = ", ".join(f"{m} {of.loc[m, 'correlation']:+.2f}" for m in of.index if m != "both")
-        parts.append(
-            f"{METHOD_NAMES[method]}: {_correlation_text(of.loc['both'])} ({split}); "
-            f"direction change {own['delta_direction'].min():.2g} to {own['delta_direction'].max():.2g}, "
-            f"magnitude change {own['delta_magnitude'].min():.2g} to {own['delta_magnitude'].max():.2g}."
-        )
-    shape = f"{frame['layer'].nunique()} layers and {frame['checkpoint'].nunique()} checkpoints"
-    return f"Magnitude change against direction change, one panel a method, {shape}. " + " ".join(parts)
-
-
-def _geometry_frame(rows: Sequence[Mapping]) -> pd.DataFrame:
-    """The rows with `checkpoint`, the place 1, 2, … of the step within its method and seed."""
-    frame = pd.DataFrame(list(rows))
-    needed = ["method", "seed", "step", "layer", "module", "delta_magnitude", "delta_direction"]
-    missing = [name for name in needed if name not in frame]
-    if missing:
-        raise ValueError(f"geometry rows lack {', '.join(missing)}: give rows of geometry.jsonl with method and seed")
-    if "task" in frame and frame["task"].nunique() > 1:
-        raise ValueError(f"geometry rows of the tasks {', '.join(sorted(frame['task'].unique()))}: give those of one")
-    frame["checkpoint"] = frame.groupby(["method", "seed"])["step"].rank("dense").astype(int)
-    return frame
-
-
-def _key(marker: str, colour: str, label: str, face: str | None = None) -> Line2D:
+def marker_key(marker: str, colour: str, label: str, face: str | None = None) -> Line2D:
     """A legend entry: one marker, no line."""
     return Line2D([], [], ls="", marker=marker, mfc=colour if face is None else face, mec=colour, label=label)
-
-
-def _methods_of(frame: pd.DataFrame) -> list[str]:
-    return [method for method in ("full", "lora", "dora", "dora-magnitude") if method in set(frame["method"])]
-
-
-def _pearson(group: pd.DataFrame) -> float:
-    x, y = group["delta_direction"].to_numpy(), group["delta_magnitude"].to_numpy()
-    if len(group) < 3 or np.ptp(x) <= NO_TURN or np.ptp(y) == 0:
-        return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def _fisher_interval(correlations: Sequence[float]) -> Interval:
-    if not correlations:
-        return Interval(math.nan, math.nan, math.nan, seeds=0)
-    z = seed_interval(np.arctanh(np.clip(correlations, -1 + 1e-12, 1 - 1e-12)))
-    return Interval(math.tanh(z.estimate), math.tanh(z.low), math.tanh(z.high), seeds=z.seeds)
-
-
-def _correlation_text(row: pd.Series) -> str:
-    if math.isnan(row["correlation"]):
-        return "no correlation defined"
-    if row["seeds"] == 1:
-        return f"r = {row['correlation']:+.2f} (1 seed)"
-    return f"r = {row['correlation']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f}, {row['seeds']} seeds)"
 
 
 # --- showing and saving -----------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dora_lab.figures import METHOD_COLOURS, STYLE, geometry_correlations
+from dora_lab.figures import METHOD_COLOURS, STYLE
+from dora_lab.geometry_figures import geometry_correlations
 from dora_lab.tables import METHOD_NAMES
 
 METHOD_MARKERS = {"full": "o", "lora": "s", "dora": "^", "dora-magnitude": "D"}

@@ -1,7 +1,7 @@
 """Curves: what is drawn and what the alt text says are the numbers that were given."""
 
 import pytest
-from test_figures import make_records
+from made_records import make_records
 
 from dora_lab.curves import SKILL_NAMES, accuracy_by_rank, accuracy_by_rank_alt, skill_curves, skill_curves_alt
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dora_lab import lesson_figures as figures
-from dora_lab.figures import geometry_correlations
+from dora_lab.geometry_figures import geometry_correlations
 
 ERRORS, BOUNDS = {2: [1.0, 0.6, 0.4321], 10: [1.0, 0.3, 0.2345]}, {2: 0.4111, 10: 0.2222}
 CURVES = {"decaying": [1.0, 0.5, 0.25, 0.125, 0.0], "flat": [1.0, 0.9, 0.7, 0.5, 0.0]}

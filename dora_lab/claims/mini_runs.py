@@ -10,8 +10,8 @@ import numpy as np
 
 from dora_lab.claims.ledger import NotHere, Outcome
 from dora_lab.comparisons import by_seed, difference_p_value, holm, macro_difference, win_tie_loss
-from dora_lab.figures import geometry_correlations
 from dora_lab.files import read_lines
+from dora_lab.geometry_figures import geometry_correlations
 from dora_lab.pipeline import RECORDED, answers_of, of_profile
 from dora_lab.profiles import load_profile
 from dora_lab.records import RunRecord, read_records, run_folder
