@@ -1,7 +1,7 @@
 # Every target that runs Python sets up .venv first; a second call installs nothing.
 #   make reproduce              the results table and figures again (PROFILE=mini SEEDS=3)
 #   make test, make test-all    the quick tests; all but those that need a GPU (`make test-gpu`)
-#   make extensions             the studies beyond the report live (EXTENSIONS="mini-ranks mini-hybrids", hours)
+#   make extensions             the studies beyond the report live, and chapters 13 and 14 of them (an hour)
 #   make book                   every chapter run and set as static HTML: build/book/html/index.html
 #   make assignments            the students' copies of the four assignments: build/assignments
 #   make snakemake              Snakemake for `dora-lab reproduce --engine snakemake`, in .venv-snakemake
@@ -10,7 +10,6 @@
 PYTHON ?= python3
 PROFILE ?= mini
 SEEDS ?= 3
-EXTENSIONS ?= mini-ranks mini-hybrids
 BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
@@ -29,7 +28,9 @@ reproduce: $(STAMP)
 	$(BIN)/dora-lab reproduce --profile $(PROFILE) --seeds $(SEEDS)
 
 extensions: $(STAMP)
-	for profile in $(EXTENSIONS); do $(BIN)/dora-lab reproduce --profile $$profile --seeds $(SEEDS) || exit 1; done
+	for profile in mini-ranks mini-hybrids; do $(BIN)/dora-lab reproduce --profile $$profile --seeds $(SEEDS) || exit 1; done
+	for chapter in 13_choosing_ranks 14_hybrid_adapters; do $(BIN)/papermill --no-progress-bar notebooks/$$chapter.ipynb \
+		runs/$$chapter.ipynb -r runs_dir $(CURDIR)/runs -r figures_dir $(CURDIR)/runs/figures || exit 1; done
 
 test: $(STAMP)
 	$(PYTEST) -m "not gpu and not slow"
