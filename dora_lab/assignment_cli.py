@@ -15,12 +15,13 @@ OutOption = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 
 @app.command("list")
 def list_assignments() -> None:
-    """The assignments: points, hours, and what each examines."""
+    """The assignments: points, hours, what each examines, and the instructor's page."""
     from dora_lab.assignments.build import cut, points_of
     from dora_lab.assignments.catalogue import ASSIGNMENTS
 
     for a in ASSIGNMENTS:
         typer.echo(f"{a.number}  {a.title}: {sum(points_of(cut(a)).values())} points, {a.hours} hours; {a.examines}")
+        typer.echo(f"    {a.guide}")
 
 
 @app.command()

@@ -143,16 +143,11 @@ def win_tie_loss(differences: Iterable[Interval]) -> tuple[int, int, int]:
     return said.count("ahead"), said.count("no difference shown"), said.count("behind")
 
 
-def equivalent(first: Runs, second: Runs, margin: float) -> bool:
-    """Whether the two differ by less than `margin`, by two one-sided tests at 5 %: the 90 % interval lies within it.
-
-    False means that this is not shown; it does not mean that they differ. Raises ValueError for a margin not above 0.
-    """
-    return within(paired_draws(first, second).interval(0.90), margin)
-
-
 def within(difference: Interval, margin: float) -> bool:
-    """Whether a difference's interval, of level 0.90 for two one-sided tests at 5 %, lies within ± margin."""
+    """Equivalence: whether a difference's interval, of level 0.90 for two one-sided tests at 5 %, lies within ± margin.
+
+    False means that this is not shown; it does not mean that the two differ. Raises ValueError for a margin not above 0.
+    """
     if not margin > 0:
         raise ValueError(f"margin must be above 0, for instance 0.01 for one percentage point, got {margin}")
     return -margin < difference.low and difference.high < margin
