@@ -146,7 +146,7 @@ def win_tie_loss(differences: Iterable[Interval]) -> tuple[int, int, int]:
 def within(difference: Interval, margin: float) -> bool:
     """Equivalence: whether a difference's interval, of level 0.90 for two one-sided tests at 5 %, lies within ± margin.
 
-    False means that this is not shown; it does not mean that the two differ. Raises ValueError for a margin not above 0.
+    False means that this is not shown; it does not mean that they differ. Raises ValueError for a margin of 0 or less.
     """
     if not margin > 0:
         raise ValueError(f"margin must be above 0, for instance 0.01 for one percentage point, got {margin}")
