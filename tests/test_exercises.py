@@ -115,9 +115,9 @@ RIGHT = {
     "04.1": [dora_count],
     "04.2": [lambda trainable, base: 100 * trainable / (trainable + base)],
     "04.3": [{"lora_A", "lora_B", "magnitude"}, ["magnitude", "lora_B", "lora_A"]],
-    "05.1": [lambda counts: sum(1 / c for c in counts) / len(counts), lambda counts: np.mean(1 / np.array(counts))],
-    "05.2": [questions_needed, lambda d, c: 1.959964**2 * (c - (d / 100) ** 2) / (d / 100) ** 2],
-    "05.3": [choose],
+    "05.2": [lambda counts: sum(1 / c for c in counts) / len(counts), lambda counts: np.mean(1 / np.array(counts))],
+    "05.3": [questions_needed, lambda d, c: 1.959964**2 * (c - (d / 100) ** 2) / (d / 100) ** 2],
+    "05.1": [choose],
     "06.1": [majority],
     "06.2": [best_by_form],
     "09.1": [lambda d, m: np.corrcoef(d, m)[0, 1]],
@@ -267,7 +267,7 @@ WRONG = {
         ({"lora_A", "lora_C"}, None),
         ("magnitude", None),
     ],
-    "05.1": [
+    "05.2": [
         (lambda counts: 1 / (sum(counts) / len(counts)), "one over the mean number of options"),
         (lambda counts: np.mean(100 / np.array(counts)), "percent instead of a share"),
         (lambda counts: 1 / 2, "half for every task"),
@@ -275,7 +275,7 @@ WRONG = {
         (lambda counts: np.sum(1 / np.array(counts)), "number of right answers instead of a share"),
         (lambda counts: 1 / min(counts) - 0.01, None),
     ],
-    "05.2": [
+    "05.3": [
         (lambda d, c: 1.96**2 * (c - d**2) / d**2, "points taken as shares"),
         (lambda d, c: (1.959964 * 100 / d) ** 2 * 2 * 0.25, "unpaired"),
         (lambda d, c: (c - (d / 100) ** 2) / (d / 100) ** 2, "one standard error"),
@@ -284,7 +284,7 @@ WRONG = {
         (lambda d, c: 1000, None),
         (lambda d, c: [1], None),
     ],
-    "05.3": [
+    "05.1": [
         (lambda candidates: choose(candidates)[::-1], "sum and mean swapped"),
         (lambda candidates: (choose(candidates)[0],) * 2, "sum alone"),
         (lambda candidates: (choose(candidates)[1],) * 2, "mean alone"),

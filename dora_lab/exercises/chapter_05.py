@@ -71,6 +71,36 @@ def _mean(tokens):
 EXERCISES = (
     Exercise(
         id="05.1",
+        question="Write a function (candidates), lists of token log-likelihoods: the best index by sum and by mean.",
+        observe=_observe_choice,
+        expected=_expected_choice,
+        misconceptions=(
+            Misconception("sum and mean swapped", _pick(_mean, sum), "Both are there, in the other order."),
+            Misconception("sum alone", _pick(sum, sum), "The second index takes no account of the lengths."),
+            Misconception("mean alone", _pick(_mean, _mean), "The first index is averaged over tokens already."),
+            Misconception(
+                "smallest instead of largest",
+                _pick(sum, _mean, best=min),
+                "Log-likelihoods are negative: the likeliest answer is the one nearest to zero.",
+            ),
+            Misconception(
+                "probabilities added",
+                _pick(lambda t: sum(map(math.exp, t)), lambda t: _mean([math.exp(x) for x in t])),
+                "Probabilities of successive tokens are multiplied; their logarithms are added.",
+            ),
+            Misconception(
+                "first token alone",
+                _pick(lambda t: t[0], lambda t: t[0]),
+                "All tokens of an answer count, not only its first.",
+            ),
+        ),
+        hints=(
+            "The sum is the log-likelihood of the whole answer; every further token makes it smaller.",
+            "The mean is per token, so that a long answer is not at a disadvantage for being long.",
+        ),
+    ),
+    Exercise(
+        id="05.2",
         question="Write a function (option_counts) that gives the accuracy of guessing, one count for each question.",
         observe=lambda answer: function(answer, "option_counts")(list(OPTIONS)),
         expected=lambda: pd.Series(OPTIONS).rdiv(1).mean(),
@@ -105,7 +135,7 @@ EXERCISES = (
         hints=("What is the chance of guessing one question with k options right?", "Average what is averaged: which?"),
     ),
     Exercise(
-        id="05.2",
+        id="05.3",
         question=(
             "Two models answer the same n questions; on a share `discordance` of them one alone is right. "
             "Write a function (d_points, discordance): the n at which a difference of d points reaches 1.96 of its "
@@ -153,36 +183,6 @@ EXERCISES = (
         hints=(
             "Per question the difference is +1, 0 or -1. Its mean is d; what is the mean of its square?",
             "Variance = mean square minus squared mean; set d equal to 1.96 times the root of variance / n.",
-        ),
-    ),
-    Exercise(
-        id="05.3",
-        question="Write a function (candidates), lists of token log-likelihoods: the best index by sum and by mean.",
-        observe=_observe_choice,
-        expected=_expected_choice,
-        misconceptions=(
-            Misconception("sum and mean swapped", _pick(_mean, sum), "Both are there, in the other order."),
-            Misconception("sum alone", _pick(sum, sum), "The second index takes no account of the lengths."),
-            Misconception("mean alone", _pick(_mean, _mean), "The first index is averaged over tokens already."),
-            Misconception(
-                "smallest instead of largest",
-                _pick(sum, _mean, best=min),
-                "Log-likelihoods are negative: the likeliest answer is the one nearest to zero.",
-            ),
-            Misconception(
-                "probabilities added",
-                _pick(lambda t: sum(map(math.exp, t)), lambda t: _mean([math.exp(x) for x in t])),
-                "Probabilities of successive tokens are multiplied; their logarithms are added.",
-            ),
-            Misconception(
-                "first token alone",
-                _pick(lambda t: t[0], lambda t: t[0]),
-                "All tokens of an answer count, not only its first.",
-            ),
-        ),
-        hints=(
-            "The sum is the log-likelihood of the whole answer; every further token makes it smaller.",
-            "The mean is per token, so that a long answer is not at a disadvantage for being long.",
         ),
     ),
 )
