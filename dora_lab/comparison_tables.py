@@ -49,7 +49,7 @@ def comparison_table(answers: Answers, first: str = "dora", second: str = "lora"
     """
     one, other = both(answers, first, second)
     draws = {task: paired_draws(one[task], other[task]) for task in one}
-    p_values = {task: difference_p_value([draw]) for task, draw in draws.items()}
+    p_values = {task: difference_p_value(draw) for task, draw in draws.items()}
     adjusted, rows = holm(p_values), []
     for task, draw in draws.items():
         found = draw.interval()

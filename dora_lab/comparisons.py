@@ -6,7 +6,7 @@ are fractions in [0, 1]; `difference_pp` names percentage points.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from statsmodels.stats.contingency_tables import mcnemar as _mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from dora_lab.power import smallest_detectable_difference
-from dora_lab.statistics import Interval, PairedDraws, paired_draws, wording
+from dora_lab.statistics import Interval, PairedDraws, mean_of_draws, paired_draws, wording
 
 PRIMARY = "macro-average over tasks of the difference in accuracy, DoRA minus LoRA"
 Runs = Mapping[int, Mapping[str, bool]]  # seed -> {example id: answered right}
@@ -90,12 +90,12 @@ def by_seed(first: Runs, second: Runs) -> dict[int, Pairs]:
     return {seed: count_pairs(first[seed], second[seed]) for seed in sorted(set(first) & set(second))}
 
 
-def difference_p_value(draws: Sequence[PairedDraws]) -> float:
-    """Two-sided p of the mean of several differences: 1 minus the level at which the interval just reaches 0.
+def difference_p_value(draws: PairedDraws) -> float:
+    """Two-sided p of a difference: 1 minus the level at which the interval just reaches 0.
 
     Never below 1 / resamples, which is as far as the bootstrap can see.
     """
-    smallest = 1 / len(draws[0].over_items)
+    smallest = 1 / len(draws.over_items)
     inside, outside = 1 - smallest, 0.0  # levels: at the first the interval holds 0, at the second it does not
     if not _holds_zero(draws, inside):
         return smallest
@@ -112,22 +112,14 @@ def macro_difference(first: Mapping[str, Runs], second: Mapping[str, Runs], leve
     as they are other models and other questions. `items` of the result is the sum over tasks, `seeds` the fewest.
     Raises ValueError if the tasks differ, or as `paired_draws` does.
     """
-    return mean_interval(task_draws(first, second).values(), level)
+    return macro_draws(first, second).interval(level)
 
 
-def mean_interval(draws: Collection[PairedDraws], level: float = 0.95) -> Interval:
-    """The mean of several differences with its limits, each from draws of its own."""
-    low, high = np.quantile(_mean(draws, level), [(1 - level) / 2, (1 + level) / 2])
-    estimate = float(np.mean([one.estimate for one in draws]))
-    seeds, items = min(one.seeds for one in draws), sum(one.items for one in draws)
-    return Interval(estimate, float(low), float(high), level, seeds=seeds, items=items)
-
-
-def task_draws(first: Mapping[str, Runs], second: Mapping[str, Runs]) -> dict[str, PairedDraws]:
-    """The bootstrap of every task, each with random numbers of its own."""
+def macro_draws(first: Mapping[str, Runs], second: Mapping[str, Runs]) -> PairedDraws:
+    """The bootstrap behind `macro_difference`: every task with random numbers of its own. Same errors."""
     if not first or set(first) != set(second):
         raise ValueError(f"one method has {sorted(first)}, the other {sorted(second)}: give the same tasks")
-    return {task: paired_draws(first[task], second[task], bootstrap_seed=i) for i, task in enumerate(first)}
+    return mean_of_draws([paired_draws(first[task], second[task], bootstrap_seed=i) for i, task in enumerate(first)])
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -153,10 +145,6 @@ def within(difference: Interval, margin: float) -> bool:
     return -margin < difference.low and difference.high < margin
 
 
-def _mean(draws: Iterable[PairedDraws], level: float) -> np.ndarray:
-    return np.mean([one.at(level) for one in draws], axis=0)  # (resamples,)
-
-
-def _holds_zero(draws: Sequence[PairedDraws], level: float) -> bool:
-    low, high = np.quantile(_mean(draws, level), [(1 - level) / 2, (1 + level) / 2])
-    return low <= 0 <= high
+def _holds_zero(draws: PairedDraws, level: float) -> bool:
+    found = draws.interval(level)
+    return found.low <= 0 <= found.high

@@ -157,7 +157,7 @@ def _effect(answers: Answers, fault: str, against: str | None, task: str) -> Eff
         dict(zip(METHODS, found[:2], strict=True)),
         dict(zip(_BOTH, found[2:4], strict=True)),
         found[4],
-        difference_p_value([draws[4]]),
+        difference_p_value(draws[4]),
         {faulty: _wins(right["dora", faulty], right["lora", faulty]) for faulty in _BOTH},
     )
 

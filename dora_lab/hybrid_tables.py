@@ -13,7 +13,7 @@ import pandas as pd
 
 from dora_lab.adapter_config import layer_of
 from dora_lab.comparison_tables import Answers, both
-from dora_lab.comparisons import difference_p_value, holm, macro_difference, task_draws
+from dora_lab.comparisons import difference_p_value, holm, macro_draws
 from dora_lab.records import RunRecord
 from dora_lab.specs import RunSpec
 from dora_lab.statistics import Interval, seed_interval
@@ -102,11 +102,11 @@ def contrast_table(answers: Answers, pairs: Mapping[str, tuple[str, str]], tasks
     for label, (first, second) in pairs.items():
         one, other = both(answers, first, second)
         if set(one) == set(tasks):
-            found = macro_difference(one, other)
+            draws = macro_draws(one, other)
+            found = draws.interval()
             row = {"comparison": label, "seeds": found.seeds, "points": 100 * found.estimate}
             row |= {"low": 100 * found.low, "high": 100 * found.high}
-            several = found.seeds > 1
-            p = difference_p_value(list(task_draws(one, other).values())) if several else math.nan
+            p = difference_p_value(draws) if found.seeds > 1 else math.nan
             rows.append(row | {"p": p, "p (Holm)": math.nan, "said": ONE_SEED})
     adjusted = holm({row["comparison"]: row["p"] for row in rows if row["seeds"] > 1})
     for row in rows:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dora_lab.comparisons import difference_p_value, holm, mean_interval, task_draws
+from dora_lab.comparisons import difference_p_value, holm, macro_draws
 from dora_lab.files import write_text
 from dora_lab.pipeline import of_profile
 from dora_lab.profiles import Profile
@@ -103,8 +103,8 @@ def difference_table(cells: Cells) -> pd.DataFrame:
                 against = {} if other == criterion else runs_of(cells, other, rank, own)
                 both = {task for task in against if set(own[task]) & set(against[task])}
                 first, second = ({task: runs[task] for task in sorted(both)} for runs in (own, against))
-                draws = list(task_draws(first, second).values()) if both else []
-                row[other] = mean_interval(draws) if both else None
+                draws = macro_draws(first, second) if both else None
+                row[other] = draws.interval() if both else None
                 if other == "uniform" and both and row[other].seeds > 1:  # one seed says nothing of a criterion
                     p_values[criterion, rank] = difference_p_value(draws)
             rows.append(row)

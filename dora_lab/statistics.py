@@ -4,7 +4,7 @@ Accuracies are fractions in [0, 1] throughout. Multiply by 100 for percent, or f
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +79,8 @@ class PairedDraws:
     """A bootstrap of one mean difference, over questions and seeds together, before a level has been chosen.
 
     `over_items` (resamples,): the mean difference when questions are drawn. `over_seeds` (resamples,): what drawing
-    seeds adds to it. The second is spread by √(k / (k - 1)) · t(k - 1) / z at the level that is asked for.
+    seeds adds to it, spread by √(k / (k - 1)), without which its variance would be too small. It is spread again, by
+    t(`freedom`) / z at the level that is asked for: a variance that is known from few seeds only. `freedom` is k - 1.
     """
 
     estimate: float
@@ -87,11 +88,12 @@ class PairedDraws:
     over_seeds: np.ndarray
     seeds: int
     items: int
+    freedom: float
 
     def at(self, level: float) -> np.ndarray:
         """The draws (resamples,) whose percentiles are the limits at `level`."""
-        k, upper = self.seeds, (1 + level) / 2
-        spread = math.sqrt(k / (k - 1)) * stats.t.ppf(upper, k - 1) / stats.norm.ppf(upper) if k > 1 else 0.0
+        upper = (1 + level) / 2
+        spread = stats.t.ppf(upper, self.freedom) / stats.norm.ppf(upper) if self.freedom else 0.0
         return self.over_items + spread * self.over_seeds
 
     def interval(self, level: float = 0.95) -> Interval:
@@ -100,6 +102,25 @@ class PairedDraws:
         upper = (1 + level) / 2
         low, high = np.quantile(self.at(level), [1 - upper, upper])
         return Interval(self.estimate, float(low), float(high), level, seeds=self.seeds, items=self.items)
+
+
+def mean_of_draws(draws: Collection[PairedDraws]) -> PairedDraws:
+    """The bootstrap of the mean of independent differences, of several tasks say: every one counts the same.
+
+    Its freedom is Welch and Satterthwaite's: seeds of several tasks tell more of the spread than those of one. `seeds`
+    of the result is the fewest, `items` the sum.
+    """
+    known = [(float(one.over_seeds.var()), one.freedom) for one in draws if one.freedom]
+    total, uncertain = sum(v for v, _ in known), sum(v**2 / freedom for v, freedom in known)
+    freedom = total**2 / uncertain if uncertain else min((freedom for _, freedom in known), default=0.0)
+    return PairedDraws(
+        float(np.mean([one.estimate for one in draws])),
+        np.mean([one.over_items for one in draws], axis=0),  # (resamples,)
+        np.mean([one.over_seeds for one in draws], axis=0),  # (resamples,)
+        min(one.seeds for one in draws),
+        sum(one.items for one in draws),
+        freedom,
+    )
 
 
 def paired_draws(
@@ -134,6 +155,7 @@ def draws_together(
 ) -> list[PairedDraws]:
     """`draws_of` for several differences of the same seeds and items, with the same draws for all."""
     k, n = differences[0].shape
+    spread = math.sqrt(k / (k - 1)) if k > 1 else 0.0
     generator = np.random.default_rng(bootstrap_seed)
     over_items: list[list[np.ndarray]] = [[] for _ in differences]
     over_seeds: list[list[np.ndarray]] = [[] for _ in differences]
@@ -143,9 +165,9 @@ def draws_together(
         for difference, items, seeds in zip(differences, over_items, over_seeds, strict=True):
             means = of_items @ difference.T  # (size, seeds)
             items.append(means.mean(axis=1))
-            seeds.append((means * (of_seeds - 1 / k)).sum(axis=1))  # (size,); the weights sum to 0
+            seeds.append(spread * (means * (of_seeds - 1 / k)).sum(axis=1))  # (size,); the weights sum to 0
     return [
-        PairedDraws(float(difference.mean()), np.concatenate(items), np.concatenate(seeds), k, n)
+        PairedDraws(float(difference.mean()), np.concatenate(items), np.concatenate(seeds), k, n, k - 1)
         for difference, items, seeds in zip(differences, over_items, over_seeds, strict=True)
     ]
 

@@ -14,7 +14,7 @@ from dora_lab.comparisons import (
     difference_p_value,
     holm,
     macro_difference,
-    task_draws,
+    macro_draws,
     win_tie_loss,
     within,
 )
@@ -128,7 +128,7 @@ def test_p_value_and_interval_say_the_same(gap):
     generator = np.random.default_rng(2)
     a, b = runs(generator.random((4, 300)) < 0.5 + gap / 2), runs(generator.random((4, 300)) < 0.5 - gap / 2)
     draws = paired_draws(a, b)
-    p, interval = difference_p_value([draws]), draws.interval()
+    p, interval = difference_p_value(draws), draws.interval()
     assert (p < 0.05) == (not interval.low <= 0 <= interval.high)
     at_p = draws.interval(min(1 - p, 1 - 1e-9)) if p < 0.999 else draws.interval(0.5)
     if 0.01 < p < 0.9:
@@ -138,12 +138,12 @@ def test_p_value_and_interval_say_the_same(gap):
 def test_p_value_of_one_pair_of_runs_is_near_mcnemars():
     pairs = Pairs(700, 60, 84, 156)
     difference = np.array([0] * pairs.both + [1] * 60 + [-1] * 84 + [0] * pairs.neither, dtype=float)[None]
-    assert difference_p_value([draws_of(difference, 20_000)]) == pytest.approx(pairs.p_value, abs=0.02)
+    assert difference_p_value(draws_of(difference, 20_000)) == pytest.approx(pairs.p_value, abs=0.02)
 
 
 def test_p_value_where_nothing_differs_is_one():
     same = runs(np.ones((3, 10)))
-    assert difference_p_value(list(task_draws({"t": same}, {"t": same}).values())) == pytest.approx(1, abs=1e-3)
+    assert difference_p_value(macro_draws({"t": same}, {"t": same})) == pytest.approx(1, abs=1e-3)
 
 
 def test_win_tie_loss_goes_by_the_intervals():

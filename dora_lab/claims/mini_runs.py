@@ -26,7 +26,7 @@ def ahead_on_every_task(claimed: Mapping[str, Any]) -> Outcome:
     """DoRA minus LoRA on each task, with Holm's correction over them."""
     dora, lora = _answers("dora", load_profile(PROFILE).rank), _answers("lora", load_profile(PROFILE).rank)
     draws = {task: paired_draws(dora[task], lora[task]) for task in dora}
-    adjusted = holm({task: difference_p_value([one]) for task, one in draws.items()})
+    adjusted = holm({task: difference_p_value(one) for task, one in draws.items()})
     found = {task: one.interval() for task, one in draws.items()}
     wins, ties, losses = win_tie_loss(found.values())
     shown = [wording(found[task]) == "ahead" and adjusted[task] < 0.05 for task in found]
