@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from dora_lab.faults import METHODS, Effect
 from dora_lab.figures import METHOD_COLOURS, STYLE
-from dora_lab.statistics import Interval, wording
+from dora_lab.statistics import Interval, in_points, wording
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES
 
 _MARKERS = {"lora": "o", "dora": "s"}
@@ -57,8 +57,8 @@ def fault_lines_alt(effects: Sequence[Effect]) -> str:
     """Alt text of `fault_lines`: for every fault and task both changes and both leads, with what they let one say."""
     parts = []
     for one in effects:
-        changes = ", ".join(f"{METHOD_NAMES[method]} {_points(one.change[method])}" for method in METHODS)
-        leads = f"DoRA minus LoRA {_points(one.lead[False])} without, {_points(one.lead[True])} with"
+        changes = ", ".join(f"{METHOD_NAMES[method]} {in_points(one.change[method])}" for method in METHODS)
+        leads = f"DoRA minus LoRA {in_points(one.lead[False])} without, {in_points(one.lead[True])} with"
         parts.append(f"{one.fault} on {TASK_NAMES[one.task]}: {changes}; {leads}: {one.verdict}")
     return f"What each fault does to accuracy, percentage points with 95 % limits. {'. '.join(parts)}."
 
@@ -80,7 +80,3 @@ def _line(axes: Axes, one: Interval, place: float, colour: str, marker: str, lab
     face = "white" if wording(one).startswith("no") else colour
     axes.plot([low, high], [place, place], color=colour, lw=1.4)
     axes.plot(estimate, place, marker, mfc=face, mec=colour, color=colour, ms=5, label=label)
-
-
-def _points(one: Interval) -> str:
-    return f"{100 * one.estimate:+.1f} ({100 * one.low:+.1f} to {100 * one.high:+.1f})"

@@ -18,7 +18,7 @@ from dora_lab.files import write_text
 from dora_lab.pipeline import RECORDED, of_profile
 from dora_lab.profiles import Profile, load_profile
 from dora_lab.records import RunRecord, read_failures, read_predictions, read_records, run_folder
-from dora_lab.statistics import Interval, correct_by_id, draws_together, wording
+from dora_lab.statistics import Interval, correct_by_id, draws_together, in_points, wording
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES, markdown_table
 
 PROFILE, PLAIN = "mini-faults", "mini"
@@ -43,7 +43,8 @@ class Effect:
 
     change: method -> accuracy with the fault minus without. lead: DoRA minus LoRA without and with the fault. turn: the
     lead with it minus the lead without, turn_p its two-sided p. accuracy, unread: (method, with the fault) -> share.
-    wins: with the fault -> seeds in which McNemar's test by itself says DoRA, and in which it says LoRA.
+    wins: with the fault -> seeds in which McNemar's test by itself says DoRA, and in which it says LoRA. failed: method
+    -> seeds whose run with the fault failed, which are in none of the numbers.
     """
 
     fault: str
@@ -58,6 +59,7 @@ class Effect:
     turn: Interval
     turn_p: float
     wins: dict[bool, tuple[int, int]]
+    failed: dict[str, tuple[int, ...]]
 
     @property
     def name(self) -> str:
@@ -70,18 +72,24 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        """What became of tie, win or loss; in words that the intervals allow."""
-        before, after = (_OUTCOME[wording(self.lead[faulty])] for faulty in _BOTH)
-        return (f"{before} stays" if before == after else f"{before} becomes {after}") + self.only
+        """What the intervals say of the lead, and of its change; runs that failed are not passed over."""
+        if any(self.failed.values()):
+            seeds = {METHOD_NAMES[m]: ", ".join(map(str, own)) for m, own in self.failed.items() if own}
+            lost = "; ".join(f"{name} failed with seeds {own}" for name, own in seeds.items())
+            return f"{lost}: nothing said of those that are left"
+        before, after = (_said(self.lead[faulty]) for faulty in _BOTH)
+        told = before if before == after else f"{before} → {after}"
+        moved = "" if not _open(self.turn) or before == after else ", the turn itself not shown"
+        return told + moved + self.only
 
 
 HEADING = """# The report's faults, one at a time, in the mini-world
 
-Percent without → with the fault, and in parentheses what it changes, in points with 95 % limits over seeds and
-questions, paired. `against`: the runs that lack the fault alone. `turn`: DoRA − LoRA with the fault minus without.
+Percent without → with the fault, then what it changes, in points with 95 % limits over seeds and questions, paired.
+`against`: the runs that lack the fault alone. `turn`: DoRA − LoRA with the fault minus without.
 `seeds for DoRA : LoRA`: pairs of runs that exact McNemar at 5 % would have called a win, without → with. The mini-world
-is another model with other data: nothing here says how large an effect was on LLaMA-7B."""
-_OUTCOME = {"ahead": "DoRA ahead", "behind": "LoRA ahead", "no difference shown": "a tie"}
+is another model with other data: nothing here says how large an effect was on LLaMA-7B. `float16` has none of the loss
+scaling that mixed precision has on a GPU."""
 
 
 def reference(profile: Profile, fault: str) -> str | None:
@@ -159,6 +167,7 @@ def _effect(answers: Answers, fault: str, against: str | None, task: str) -> Eff
         found[4],
         difference_p_value(draws[4]),
         {faulty: _wins(right["dora", faulty], right["lora", faulty]) for faulty in _BOTH},
+        {method: tuple(sorted(answers.failed.get(keys[method, True], {}))) for method in METHODS},
     )
 
 
@@ -180,7 +189,7 @@ def uneven(found: Iterable[Effect]) -> list[tuple[Effect, float]]:
     """Faults that hit one method more than the other, `turn` leaving out 0, each with its p after Holm over all."""
     found = list(found)
     adjusted = holm({str(i): one.turn_p for i, one in enumerate(found)})
-    return [(one, adjusted[str(i)]) for i, one in enumerate(found) if not _tie(one.turn)]
+    return [(one, adjusted[str(i)]) for i, one in enumerate(found) if not _open(one.turn)]
 
 
 def effects_frame(found: Iterable[Effect]) -> pd.DataFrame:
@@ -214,11 +223,11 @@ def shown_effects(found: Iterable[Effect]) -> pd.DataFrame:
         row = {"fault": one.fault, "against": one.against, "task": TASK_NAMES[one.task]}
         row["seeds × questions"] = f"{len(one.seeds)} × {one.items}"
         for method in METHODS:
-            change = _points(one.change[method])
-            row[METHOD_NAMES[method]] = f"{_both(one.accuracy, method)} ({change})"
+            change = in_points(one.change[method])
+            row[METHOD_NAMES[method]] = f"{_both(one.accuracy, method)}, {change}"
             row[f"{METHOD_NAMES[method]} unread"] = _both(one.unread, method)
-        row["DoRA − LoRA without"], row["with"] = _points(one.lead[False]), _points(one.lead[True])
-        row["turn"] = _points(one.turn)
+        row["DoRA − LoRA without"], row["with"] = in_points(one.lead[False]), in_points(one.lead[True])
+        row["turn"] = in_points(one.turn)
         row["seeds for DoRA : LoRA"] = " → ".join("{} : {}".format(*one.wins[faulty]) for faulty in _BOTH)
         rows.append(row | {"by the intervals": one.verdict})
     return pd.DataFrame(rows)
@@ -228,21 +237,17 @@ def _both(shares: Mapping[tuple[str, bool], float], method: str) -> str:
     return f"{100 * shares[method, False]:.1f} → {100 * shares[method, True]:.1f}"
 
 
-def _points(one: Interval) -> str:
-    return f"{100 * one.estimate:+.1f}, {100 * one.low:+.1f} to {100 * one.high:+.1f}"
-
-
 def fault_notes(found: list[Effect], answers: Answers, profile: Profile | None = None) -> list[str]:
-    """What the table comes to: ties turned, methods hit unevenly, single seeds, what failed and what is missing."""
+    """What the table comes to: leads that come and go, methods hit unevenly, single seeds, failures, gaps."""
     profile = profile or load_profile(PROFILE)
-    ties = [one for one in found if _tie(one.lead[False])]
-    turned = [f"{one.name} ({_OUTCOME[wording(one.lead[True])]}{one.only})" for one in ties if not _tie(one.lead[True])]
-    lost = [one.name for one in found if not _tie(one.lead[False]) and _tie(one.lead[True])]
-    hit = [f"{one.name} ({_points(one.turn)}{one.only}, p after Holm {p:.2g})" for one, p in uneven(found)]
+    undecided = [one for one in found if _open(one.lead[False])]
+    turned = [f"{one.name} ({_said(one.lead[True])}{one.only})" for one in undecided if not _open(one.lead[True])]
+    lost = [one.name for one in found if not _open(one.lead[False]) and _open(one.lead[True])]
+    hit = [f"{one.name} ({in_points(one.turn)}{one.only}, p after Holm {p:.2g})" for one, p in uneven(found)]
     notes = [
-        f"Ties that the fault alone turns, by the intervals: {_listed(turned)}, of {len(ties)} ties. One comparison in "
-        "twenty would turn by chance.",
-        f"Differences that the fault hides: {_listed(lost)}.",
+        f"No difference without the fault, one with it, by the intervals: {_listed(turned)}; of {len(undecided)} rows "
+        "without one. Only a `turn` that leaves out 0 shows that the fault did it.",
+        f"A difference without the fault, none with it: {_listed(lost)}.",
         f"Faults that hit one method more than the other (`turn` leaves out 0): {_listed(hit)}.",
     ]
     pairs = sum(len(one.seeds) for one in found)
@@ -268,7 +273,11 @@ def fault_notes(found: list[Effect], answers: Answers, profile: Profile | None =
     return notes
 
 
-def _tie(one: Interval) -> bool:
+def _said(lead: Interval) -> str:
+    return {"ahead": "DoRA ahead", "behind": "LoRA ahead"}.get(wording(lead), wording(lead))
+
+
+def _open(one: Interval) -> bool:
     return wording(one).startswith("no")
 
 

@@ -49,6 +49,14 @@ def geometry_correlations(rows: Sequence[Mapping]) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
+def correlations_by_seed(rows: Sequence[Mapping], method: str, module: str) -> dict[int, float]:
+    """{seed: Pearson correlation of ΔD with ΔM} of one method and module; seeds that have none are left out."""
+    frame = _geometry_frame(rows)
+    own = frame[(frame["method"] == method) & (frame["module"] == module)]
+    found = {int(seed): _pearson(group) for seed, group in own.groupby("seed")}
+    return {seed: value for seed, value in found.items() if not math.isnan(value)}
+
+
 def geometry_scatter(rows: Sequence[Mapping]) -> Figure:
     """ΔM against ΔD, one panel a method: colour is the layer, shape the checkpoint, filled query and open value.
 

@@ -1,7 +1,8 @@
 """The study of ranks from its records: accuracy of every criterion at every budget, against uniform and the controls.
 
 At each budget a criterion is compared by the mean over tasks of the difference in accuracy, paired by seed and
-question. The comparisons against uniform are tested with Holm's correction over all criteria and budgets.
+question: with uniform ranks, and the criterion that has controls with its own ranks dealt anew. All of these
+comparisons are tested together, with Holm's correction.
 """
 
 import math
@@ -19,7 +20,7 @@ from dora_lab.profiles import Profile
 from dora_lab.rank_study import CONTROLLED, criterion_of
 from dora_lab.ranks import CONTROLS, CRITERIA
 from dora_lab.records import read_predictions, read_records, run_folder
-from dora_lab.statistics import Interval, correct_by_id, seed_interval, wording
+from dora_lab.statistics import Interval, correct_by_id, in_points, seed_interval, wording
 from dora_lab.tables import TASK_NAMES, markdown_table
 
 CRITERION_NAMES = {
@@ -86,9 +87,10 @@ def runs_of(cells: Cells, criterion: str, rank: int, tasks: Iterable[str]) -> di
 
 
 def difference_table(cells: Cells) -> pd.DataFrame:
-    """A row a criterion and budget: the `Interval` against uniform, shuffled and reversed; p against uniform.
+    """A row a criterion and budget: the `Interval` against uniform and, of the controlled criterion, both controls.
 
-    Of the tasks and seeds that both sides have; None where there are none. p is Holm's, corrected over the rows.
+    Of the tasks and seeds that both sides have; None where there are none, or where the control is of another
+    criterion's ranks. `p <other>` is Holm's, corrected over all the comparisons of the table; None for one seed.
     """
     rows, p_values = [], {}
     tasks = sorted({task for task, _, _ in cells})
@@ -99,19 +101,27 @@ def difference_table(cells: Cells) -> pd.DataFrame:
             if not own:
                 continue
             row = {"criterion": criterion, "rank": rank}
-            for other in ("uniform", *CONTROLS):
-                against = {} if other == criterion else runs_of(cells, other, rank, own)
+            for other in _OTHERS:
+                against = runs_of(cells, other, rank, own) if other in _compared_with(criterion) else {}
                 both = {task for task in against if set(own[task]) & set(against[task])}
                 first, second = ({task: runs[task] for task in sorted(both)} for runs in (own, against))
                 draws = macro_draws(first, second) if both else None
                 row[other] = draws.interval() if both else None
-                if other == "uniform" and both and row[other].seeds > 1:  # one seed says nothing of a criterion
-                    p_values[criterion, rank] = difference_p_value(draws)
+                if both and row[other].seeds > 1:  # one seed says nothing of a criterion
+                    p_values[criterion, rank, other] = difference_p_value(draws)
             rows.append(row)
-    table = pd.DataFrame(rows, columns=["criterion", "rank", "uniform", *CONTROLS])
+    table = pd.DataFrame(rows, columns=["criterion", "rank", *_OTHERS])
     adjusted = holm(p_values)
-    table["p"] = [adjusted.get((row["criterion"], row["rank"])) for _, row in table.iterrows()]
+    for other in _OTHERS:
+        table[f"p {other}"] = [adjusted.get((row["criterion"], row["rank"], other)) for row in rows]
     return table
+
+
+_OTHERS = ("uniform", *CONTROLS)
+
+
+def _compared_with(criterion: str) -> tuple[str, ...]:
+    return _OTHERS if criterion == CONTROLLED else ("uniform",)
 
 
 def verdict(table: pd.DataFrame) -> list[str]:
@@ -120,17 +130,24 @@ def verdict(table: pd.DataFrame) -> list[str]:
     A single common seed compares two trained models and gives no verdict on a criterion.
     """
     lines = []
-    for criterion in (name for name in CRITERIA if name in set(table["criterion"]) - set(CONTROLS)):
+    asked = [name for name in CRITERIA if name in set(table["criterion"]) - set(CONTROLS)]
+    for criterion in asked:
         rows = table[table["criterion"] == criterion].to_dict("records")
-        for other in ("uniform", *(CONTROLS if criterion == CONTROLLED else ())):
+        for other in _compared_with(criterion):
             said = [
-                f"{points(row[other])} at the budget of rank {row['rank']}, "
-                + _outcome(row[other], row["p"] if other == "uniform" else None)
+                f"{with_seeds(row[other])}, at the budget of rank {row['rank']}: "
+                + _outcome(row[other], row[f"p {other}"])
                 for row in rows
                 if row[other] is not None
             ]
             against = "uniform ranks" if other == "uniform" else f"its own ranks {other}"
             lines.append(f"{CRITERION_NAMES[criterion]} minus {against}: {'; '.join(said) or 'not run'}.")
+    alone = [CRITERION_NAMES[name] for name in asked if name != CONTROLLED]
+    if alone:
+        lines.append(
+            f"The ranks of {', '.join(alone)} were not dealt anew: had one of them been ahead of uniform ranks, unequal "
+            "ranks of any kind might have done as well."
+        )
     return lines
 
 
@@ -148,18 +165,19 @@ def percent(accuracy: float, half_width: float) -> str:
     return f"{accuracy:.1f} (one seed)" if math.isnan(half_width) else f"{accuracy:.1f} ± {half_width:.1f}"
 
 
-def points(difference: Interval) -> str:
+def with_seeds(difference: Interval) -> str:
     """A difference in percentage points with its limits and seeds."""
-    estimate, low, high = (100 * value for value in (difference.estimate, difference.low, difference.high))
-    return f"{estimate:+.1f} points ({low:+.1f} to {high:+.1f}, {difference.seeds} seed{'s' * (difference.seeds > 1)})"
+    return f"{in_points(difference)}, {difference.seeds} seed{'s' * (difference.seeds > 1)}"
 
 
 def shown_differences(table: pd.DataFrame) -> pd.DataFrame:
-    """A `difference_table` as it is read: points with limits."""
+    """A `difference_table` as it is read: points with limits, and p after Holm's correction."""
     shown = pd.DataFrame({"criterion": table["criterion"].map(CRITERION_NAMES), "rank": table["rank"]})
-    for other in ("uniform", *CONTROLS):
-        shown[f"minus {other}"] = ["" if one is None else points(one) for one in table[other]]
-    shown["p (Holm)"] = ["" if pd.isna(p) else f"{p:.2f}" for p in table["p"]]
+    for other in _OTHERS:
+        cells = zip(table[other], table[f"p {other}"], strict=True)
+        shown[f"minus {other}"] = [
+            "" if one is None else with_seeds(one) + ("" if pd.isna(p) else f", p {p:.2f}") for one, p in cells
+        ]
     return shown
 
 
@@ -176,7 +194,8 @@ def write_ranks(cells: Cells, differences: pd.DataFrame, folder: Path) -> Path:
         "Accuracy in percent ± half the 95 % interval over seeds; `rank` is that of the uniform budget. What "
         "allots one rank to all modules has no row: those are the uniform runs.",
         markdown_table(shown),
-        "Mean over tasks of the difference in accuracy, paired by seed and question, with 95 % limits:",
+        f"Mean over {' and '.join(table['task'].map(TASK_NAMES).unique())} of the difference in accuracy, in points, "
+        "paired by seed and question, with 95 % limits; p after Holm's correction over all of these comparisons:",
         markdown_table(shown_differences(differences)),
         "\n".join(f"- {line}" for line in verdict(differences)),
     ]

@@ -130,7 +130,19 @@ def paired_draws(
     bootstrap_seed: int = 0,
 ) -> PairedDraws:
     """The bootstrap behind `paired_difference`; same arguments, same errors."""
-    seeds = sorted(set(first) & set(second))
+    return draws_of(paired_scores(first, second), resamples, bootstrap_seed)
+
+
+def paired_scores(
+    first: Mapping[int, Mapping[str, bool]],
+    second: Mapping[int, Mapping[str, bool]],
+    seeds: Sequence[int] | None = None,
+) -> np.ndarray:
+    """(seeds, items): 1 where `first` alone was right, -1 where `second` alone was, else 0.
+
+    `seeds` in this order, or all common ones. Raises ValueError as `paired_difference` does.
+    """
+    seeds = sorted(set(first) & set(second)) if seeds is None else list(seeds)
     if not seeds:
         raise ValueError(f"no common seed: one method has {sorted(first)}, the other {sorted(second)}")
     items = sorted(first[seeds[0]])
@@ -141,8 +153,7 @@ def paired_draws(
                     f"the runs of seed {seed} did not answer the same questions as those of seed {seeds[0]}: "
                     "compare runs of one task, split and data version"
                 )
-    difference = np.array([[float(first[s][i]) - float(second[s][i]) for i in items] for s in seeds])  # (seeds, items)
-    return draws_of(difference, resamples, bootstrap_seed)
+    return np.array([[float(first[s][i]) - float(second[s][i]) for i in items] for s in seeds])
 
 
 def draws_of(difference: np.ndarray, resamples: int = 4000, bootstrap_seed: int = 0) -> PairedDraws:
@@ -200,6 +211,12 @@ def wording(difference: Interval) -> str:
     if difference.high < 0:
         return "behind"
     return "no difference shown"
+
+
+def in_points(difference: Interval) -> str:
+    """A difference of fractions as it is read: percentage points with their limits, `+0.3 (-0.4 to +1.1)`."""
+    estimate, low, high = (100 * value for value in (difference.estimate, difference.low, difference.high))
+    return f"{estimate:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _check_level(level: float) -> None:

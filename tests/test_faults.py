@@ -28,7 +28,7 @@ from dora_lab.pipeline import grid
 from dora_lab.profiles import PROJECT, load_profile
 from dora_lab.report_recipe import answers_lost, token_counts
 from dora_lab.report_recipe import load_tokenizer as load_llamas
-from dora_lab.statistics import paired_difference
+from dora_lab.statistics import Interval, paired_difference
 from dora_lab.tasks import ANSWER_PREFIX, prompt
 
 PROFILE = load_profile("mini-faults")
@@ -111,11 +111,11 @@ def profile_with(*variants):
 HIT = {(None, "lora"): 0.8, (None, "dora"): 0.8, ("prompt-loss", "lora"): 0.5, ("prompt-loss", "dora"): 0.8}
 
 
-def test_a_fault_that_costs_one_method_turns_a_tie():
+def test_a_fault_that_costs_one_method_makes_a_difference():
     answers, profile = answers_of(HIT), profile_with("prompt-loss")
     (one,) = effects(answers, profile)
     assert (one.fault, one.against, one.seeds, one.items) == ("prompt-loss", "plain", (0, 1, 2), 400)
-    assert one.verdict == "a tie becomes DoRA ahead" and one.wins == {False: (0, 0), True: (3, 0)}
+    assert one.verdict == "no difference shown → DoRA ahead" and one.wins == {False: (0, 0), True: (3, 0)}
     for method in ("lora", "dora"):
         keys = ("prompt-loss", "boolq", method), (None, "boolq", method)
         assert one.change[method] == paired_difference(*(answers.right[key] for key in keys))
@@ -123,19 +123,19 @@ def test_a_fault_that_costs_one_method_turns_a_tie():
     assert one.turn.estimate == pytest.approx(one.change["dora"].estimate - one.change["lora"].estimate)
     assert uneven([one]) == [(one, one.turn_p)] and one.turn_p < 0.05
     notes = " ".join(fault_notes([one], answers, profile))
-    assert "turns, by the intervals: prompt-loss on BoolQ (DoRA ahead), of 1 ties" in notes
+    assert "one with it, by the intervals: prompt-loss on BoolQ (DoRA ahead); of 1 rows" in notes
     assert (
         "With the fault, 3 of 3 single pairs of runs would have been called a win for DoRA, 0 a win for LoRA" in notes
     )
 
 
-def test_a_fault_that_costs_both_the_same_leaves_the_tie():
+def test_a_fault_that_costs_both_the_same_makes_none():
     shares = HIT | {("prompt-loss", "dora"): 0.5}
     answers, profile = answers_of(shares), profile_with("prompt-loss")
     (one,) = effects(answers, profile)
-    assert one.verdict == "a tie stays" and uneven([one]) == []
+    assert one.verdict == "no difference shown" and uneven([one]) == []
     assert all(change.high < 0 for change in one.change.values())
-    assert "turns, by the intervals: none" in fault_notes([one], answers, profile)[0]
+    assert "one with it, by the intervals: none" in fault_notes([one], answers, profile)[0]
 
 
 def test_one_seed_speaks_of_two_runs():
@@ -166,6 +166,22 @@ def test_what_failed_or_is_missing_is_said():
     notes = fault_notes(effects(answers, profile), answers, profile)
     assert "Failed: float16 on BoolQ, LoRA, seeds 0: ValueError: the loss is nan at step 7" in notes
     assert notes[-1].endswith("all four kinds of run have: float16 on BoolQ.")
+
+
+def test_a_failed_seed_takes_the_verdict_from_those_that_are_left():
+    answers, profile = answers_of(HIT), profile_with("prompt-loss")
+    del answers.right["prompt-loss", "boolq", "lora"][1]
+    answers.failed["prompt-loss", "boolq", "lora"][1] = "ValueError: the loss is nan at step 7"
+    (one,) = effects(answers, profile)
+    assert one.seeds == (0, 2) and one.failed == {"lora": (1,), "dora": ()}
+    assert one.verdict == "LoRA failed with seeds 1: nothing said of those that are left"
+
+
+def test_a_difference_that_comes_without_a_turn_says_so():
+    interval = Interval(0.02, -0.01, 0.05), Interval(0.03, 0.01, 0.05)
+    (one,) = effects(answers_of(HIT), profile_with("prompt-loss"))
+    moved = replace(one, lead=dict(zip((False, True), interval, strict=True)), turn=Interval(0.01, -0.02, 0.04))
+    assert moved.verdict == "no difference shown → DoRA ahead, the turn itself not shown"
 
 
 def test_without_runs_there_is_no_effect_and_no_verdict(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dora_lab.adapters import AdapterConfig, DoRALinear, LoRALinear
-from dora_lab.claims.ledger import Outcome
+from dora_lab.claims.ledger import Outcome, verdict_of
 from dora_lab.job import Job
 from dora_lab.memory import plan
 from dora_lab.shapes import SHAPES
@@ -44,7 +44,7 @@ def published_shares(claimed: Mapping[str, Any]) -> Outcome:
             found.append((METHOD_NAMES[row["method"]], row["rank"], share, row["trainable_params_pct"]))
     agreed = [round(share, 2) == printed for _, _, share, printed in found]
     number = "; ".join(f"{name} r={rank} {share:.3f} %, printed {printed}" for name, rank, share, printed in found)
-    return Outcome(_of(agreed), number, f"{shape.name}'s shapes, share of the adapted model's total")
+    return Outcome(verdict_of(agreed), number, f"{shape.name}'s shapes, share of the adapted model's total")
 
 
 def magnitude_on_more_modules(claimed: Mapping[str, Any]) -> Outcome:
@@ -84,8 +84,9 @@ def nearly_full(claimed: Mapping[str, Any]) -> Outcome:
     totals = {b: plan(shape, method="dora", batch=b, checkpointing=False, **RECIPE).total / 1e9 for b in (4, 8, 16)}
     near = [claimed["from_share"] * room <= total <= room for total in totals.values()]
     number = ", ".join(f"{total:.1f} GB at a micro-batch of {batch}" for batch, total in totals.items())
-    verdict = "holds" if all(near) else "depends"
-    return Outcome(verdict, number, f"memory plan of {shape.name}, DoRA, {RECIPE['length']} tokens, no checkpointing")
+    return Outcome(
+        verdict_of(near), number, f"memory plan of {shape.name}, DoRA, {RECIPE['length']} tokens, no checkpointing"
+    )
 
 
 def axis_of_magnitude(claimed: Mapping[str, Any]) -> Outcome:
@@ -104,7 +105,3 @@ def axis_of_magnitude(claimed: Mapping[str, Any]) -> Outcome:
 def _share(job: Job) -> float:
     """Trained numbers over all numbers of the adapted model."""
     return job.trained / (job.shape.parameters + job.trained)
-
-
-def _of(agreed: list[bool]) -> str:
-    return "holds" if all(agreed) else "depends" if any(agreed) else "does not hold"

@@ -55,6 +55,17 @@ class Outcome:
     measured_on: str
 
 
+def verdict_of(agreed: Iterable[bool]) -> Verdict:
+    """Of a claim about several things: it holds if all agree, does not if none does, and depends if some do."""
+    agreed = list(agreed)
+    return "holds" if all(agreed) else "depends" if any(agreed) else "does not hold"
+
+
+def verdict_by(said: Iterable[str], supports: str, contradicts: str) -> Verdict:
+    """Of what intervals let one say of each thing: all one way, all the other way, or else it depends."""
+    return {frozenset([supports]): "holds", frozenset([contradicts]): "does not hold"}.get(frozenset(said), "depends")
+
+
 @dataclass(frozen=True)
 class Finding:
     """A claim with its outcome."""

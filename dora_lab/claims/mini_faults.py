@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from dora_lab.claims.ledger import NotHere, Outcome
+from dora_lab.claims.ledger import NotHere, Outcome, verdict_by
 from dora_lab.faults import PROFILE, Effect, effects, read_answers, uneven
 from dora_lab.profiles import load_profile
-from dora_lab.statistics import Interval, wording
+from dora_lab.statistics import in_points, wording
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES
 
 
@@ -17,10 +17,10 @@ def lowers_accuracy(claimed: Mapping[str, Any]) -> Outcome:
     own = [one for one in _effects() if one.fault == fault]
     if not own:
         raise NotHere(f"no runs of the fault {fault} are recorded: `dora-lab reproduce --profile mini-faults`")
-    said = {wording(one.change[method]) for one in own}
     enough = len(own) == len(load_profile(PROFILE).tasks) and all(len(one.seeds) > 1 for one in own)
-    verdict = {"behind": "holds", "ahead": "does not hold"}.get("".join(said), "depends") if enough else "depends"
-    parts = [f"{TASK_NAMES[one.task]} {_points(one.change[method])}{one.only}" for one in own]
+    said = [wording(one.change[method]) for one in own]
+    verdict = verdict_by(said, "behind", "ahead") if enough else "depends"
+    parts = [f"{TASK_NAMES[one.task]} {in_points(one.change[method])} points{one.only}" for one in own]
     return Outcome(verdict, "; ".join(parts), f"recorded {METHOD_NAMES[method]} runs, mini-world, {_seeds(own)}")
 
 
@@ -31,7 +31,7 @@ def comparison_stays(claimed: Mapping[str, Any]) -> Outcome:
         raise NotHere("no fault has runs of several seeds: `dora-lab reproduce --profile mini-faults`")
     moved = [(one, p) for one, p in uneven(several)]
     clear = [p < claimed["level"] for _, p in moved]
-    parts = [f"{one.fault} on {TASK_NAMES[one.task]} {_points(one.turn)}, p {p:.2g}" for one, p in moved]
+    parts = [f"{one.fault} on {TASK_NAMES[one.task]} {in_points(one.turn)} points, p {p:.2g}" for one, p in moved]
     number = f"moved in {len(moved)} of {len(several)} cases, {sum(clear)} after Holm"
     verdict = "does not hold" if any(clear) else "depends"
     return Outcome(verdict, "; ".join([number, *parts]), f"recorded runs with a fault, mini-world, {_seeds(several)}")
@@ -43,10 +43,6 @@ def _effects() -> list[Effect]:
     if not found:
         raise NotHere("no runs of profile mini-faults are recorded: `dora-lab reproduce --profile mini-faults`")
     return found
-
-
-def _points(one: Interval) -> str:
-    return f"{100 * one.estimate:+.1f} points ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
 
 
 def _seeds(found: list[Effect]) -> str:

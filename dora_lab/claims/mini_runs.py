@@ -1,38 +1,50 @@
 """Claims tested on the mini-world's recorded runs: another model and other data, but several seeds and every answer."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from dora_lab.claims.ledger import NotHere, Outcome
+from dora_lab.claims.ledger import NotHere, Outcome, verdict_by, verdict_of
 from dora_lab.comparisons import by_seed, difference_p_value, holm, macro_difference, win_tie_loss
 from dora_lab.files import read_lines
-from dora_lab.geometry_figures import geometry_correlations
+from dora_lab.geometry_figures import correlations_by_seed, geometry_correlations
 from dora_lab.pipeline import RECORDED, answers_of, of_profile
 from dora_lab.profiles import load_profile
 from dora_lab.records import RunRecord, read_records, run_folder
-from dora_lab.statistics import Interval, paired_difference, paired_draws, seed_interval, wording
+from dora_lab.statistics import (
+    Interval,
+    draws_of,
+    in_points,
+    mean_of_draws,
+    paired_difference,
+    paired_draws,
+    paired_scores,
+    seed_interval,
+    wording,
+)
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES
 
 PROFILE = "mini"
+NO_DIFFERENCE = Interval(0.0, 0.0, 0.0)
 Answers = dict[str, dict[int, dict[str, bool]]]  # task -> seed -> {example id: answered right}
 
 
 def ahead_on_every_task(claimed: Mapping[str, Any]) -> Outcome:
-    """DoRA minus LoRA on each task, with Holm's correction over them."""
+    """DoRA minus LoRA on each task, with Holm's correction over them; a loss on one task contradicts the claim."""
     dora, lora = _answers("dora", load_profile(PROFILE).rank), _answers("lora", load_profile(PROFILE).rank)
     draws = {task: paired_draws(dora[task], lora[task]) for task in dora}
     adjusted = holm({task: difference_p_value(one) for task, one in draws.items()})
     found = {task: one.interval() for task, one in draws.items()}
-    wins, ties, losses = win_tie_loss(found.values())
-    shown = [wording(found[task]) == "ahead" and adjusted[task] < 0.05 for task in found]
-    parts = [f"{TASK_NAMES[task]} {_points(one)}, p {adjusted[task]:.2f}" for task, one in found.items()]
+    clear = [one if adjusted[task] < claimed["level"] else NO_DIFFERENCE for task, one in found.items()]
+    wins, ties, losses = win_tie_loss(clear)
+    parts = [f"{TASK_NAMES[task]} {in_points(one)} points, p {adjusted[task]:.2f}" for task, one in found.items()]
     number = f"{wins} won, {ties} not told apart, {losses} lost: {'; '.join(parts)}"
-    return Outcome("holds" if all(shown) else _undecided(losses == len(found)), number, _what(found))
+    verdict = "holds" if wins == len(found) else "does not hold" if losses else "depends"
+    return Outcome(verdict, number, _what(found))
 
 
 def ahead_on_average(claimed: Mapping[str, Any]) -> Outcome:
@@ -42,15 +54,20 @@ def ahead_on_average(claimed: Mapping[str, Any]) -> Outcome:
 
 
 def ahead_at_low_ranks(claimed: Mapping[str, Any]) -> Outcome:
-    """Whether DoRA's lead is larger at the lowest recorded rank than at the highest."""
-    low, high = claimed["ranks"]
-    parts, leads = [], {}
-    for rank in (low, high):
-        leads[rank] = macro_difference(_answers("dora", rank), _answers("lora", rank))
-        parts.append(f"rank {rank}: {_points(leads[rank])}")
-    apart = leads[low].low > leads[high].high, leads[low].high < leads[high].low
-    verdict = "holds" if apart[0] and wording(leads[low]) == "ahead" else _undecided(apart[1])
-    return Outcome(verdict, "; ".join(parts), _what(leads))
+    """DoRA's lead at the lowest recorded rank minus its lead at the highest, over the same seeds and questions."""
+    dora, lora = ({rank: _answers(method, rank) for rank in claimed["ranks"]} for method in ("dora", "lora"))
+    draws: dict[int | str, list] = defaultdict(list)
+    for place, task in enumerate(lora[claimed["ranks"][0]]):
+        seeds = sorted(set.intersection(*(set(one[rank][task]) for one in (dora, lora) for rank in claimed["ranks"])))
+        leads = {rank: paired_scores(dora[rank][task], lora[rank][task], seeds) for rank in claimed["ranks"]}
+        first, second = leads.values()  # (seeds, items) each
+        for name, scores in (leads | {"change": first - second}).items():
+            draws[name].append(draws_of(scores, bootstrap_seed=place))
+    found = {name: mean_of_draws(own).interval() for name, own in draws.items()}
+    change = found.pop("change")
+    leads = [f"rank {rank} {in_points(one)}" for rank, one in found.items()]
+    number = f"{in_points(change)} points larger: {wording(change)}; {', '.join(leads)}"
+    return Outcome(verdict_by([wording(change)], "ahead", "behind"), number, _what(found))
 
 
 def half_the_rank(claimed: Mapping[str, Any]) -> Outcome:
@@ -61,31 +78,53 @@ def half_the_rank(claimed: Mapping[str, Any]) -> Outcome:
 
 def geometry(claimed: Mapping[str, Any]) -> Outcome:
     """The sign of the correlation of ΔD with ΔM of query weights, task by task."""
-    method, sides, parts = claimed["method"], [], []
+    method, said, parts = claimed["method"], [], []
+    supports, contradicts = ("ahead", "behind") if claimed["correlation"] > 0 else ("behind", "ahead")
     for task, rows in _geometry().items():
-        table = geometry_correlations(rows).query("module == 'q_proj'").set_index("method")
-        own = table.loc[method]
+        own = geometry_correlations(rows).query("module == 'q_proj'").set_index("method").loc[method]
         parts.append(f"{TASK_NAMES[task]} {own['correlation']:+.2f} ({own['low']:+.2f} to {own['high']:+.2f})")
-        decided = own["low"] > 0 or own["high"] < 0
-        sides.append(own["correlation"] * claimed["correlation"] > 0 if decided else None)
-    verdict = (
-        "holds" if all(sides) else "does not hold" if not any(side in (True, None) for side in sides) else "depends"
-    )
+        said.append(wording(Interval(own["correlation"], own["low"], own["high"])))
+    verdict = verdict_by(said, supports, contradicts)
     return Outcome(verdict, "; ".join(parts), f"query weights of recorded {METHOD_NAMES[method]} runs, mini-world")
 
 
 def more_like_full(claimed: Mapping[str, Any]) -> Outcome:
-    """Whether DoRA's correlation lies nearer to full fine-tuning's than LoRA's does, task by task."""
-    nearer, parts = [], []
-    for task, rows in _geometry().items():
-        table = geometry_correlations(rows).query("module == 'q_proj'").set_index("method")["correlation"]
-        apart = {method: abs(table[method] - table["full"]) for method in ("lora", "dora")}
-        nearer.append(apart["dora"] < apart["lora"])
-        parts.append(f"{TASK_NAMES[task]} DoRA {apart['dora']:.2f} off, LoRA {apart['lora']:.2f}")
-    verdict = "holds" if all(nearer) else "depends" if any(nearer) else "does not hold"
-    return Outcome(
-        verdict, "; ".join(parts), "correlations of query weights, recorded mini-world runs, means over seeds"
+    """Whether DoRA's correlation lies nearer to full fine-tuning's than LoRA's does, seed by seed, task by task.
+
+    Distances are taken on Fisher's scale, artanh r.
+    """
+    return _by_seed(
+        lambda z: abs(z["lora"] - z["full"]) - abs(z["dora"] - z["full"]),
+        np.arctanh,
+        "nearer by {:+.2f} ({:+.2f} to {:+.2f})",
+        "distance of artanh r of query weights from full fine-tuning's",
     )
+
+
+def varies_more(claimed: Mapping[str, Any]) -> Outcome:
+    """How much of ΔM's variance a line in ΔD leaves open, 1 - r²: one method's share minus another's, seed by seed."""
+    first, second = claimed["more"], claimed["less"]
+    return _by_seed(
+        lambda open_share: open_share[first] - open_share[second],
+        lambda r: 1 - r**2,
+        "{:+.2f} ({:+.2f} to {:+.2f})",
+        f"1 − r² of query weights, {METHOD_NAMES[first]} minus {METHOD_NAMES[second]}",
+    )
+
+
+def _by_seed(difference: Callable[[dict], float], scale: Callable, words: str, measured: str) -> Outcome:
+    """Of every task a difference between methods' correlations, with Student's t limits over the common seeds."""
+    said, parts, counts = [], [], []
+    for task, rows in _geometry().items():
+        found = {method: correlations_by_seed(rows, method, "q_proj") for method in ("full", "lora", "dora")}
+        seeds = sorted(set.intersection(*(set(own) for own in found.values())))
+        values = [difference({method: float(scale(own[s])) for method, own in found.items()}) for s in seeds]
+        one = seed_interval(values)
+        said.append(wording(one))
+        counts.append(len(seeds))
+        parts.append(f"{TASK_NAMES[task]} {words.format(one.estimate, one.low, one.high)}")
+    verdict = verdict_by(said, "ahead", "behind")
+    return Outcome(verdict, "; ".join(parts), f"{measured}, recorded mini-world runs, {min(counts)} seeds")
 
 
 def step_time(claimed: Mapping[str, Any]) -> Outcome:
@@ -110,25 +149,27 @@ def seeds_fluctuate(claimed: Mapping[str, Any]) -> Outcome:
     for task in dora:
         accuracies = [np.mean(list(answers.values())) for answers in lora[task].values()]
         widest[task] = (100 * (max(accuracies) - min(accuracies)), 100 * abs(_mean(dora[task]) - _mean(lora[task])))
-    larger = [spread > lead for spread, lead in widest.values()]
     parts = [f"{TASK_NAMES[task]} {spread:.1f} against {lead:.1f}" for task, (spread, lead) in widest.items()]
-    verdict = "holds" if all(larger) else "depends" if any(larger) else "does not hold"
+    verdict = verdict_of(spread > lead for spread, lead in widest.values())
     return Outcome(verdict, f"spread of LoRA's seeds against the difference, points: {'; '.join(parts)}", _what({}))
 
 
 def one_run_each(claimed: Mapping[str, Any]) -> Outcome:
-    """How often one pair of runs by itself would have been called a win, for DoRA and for LoRA, by exact McNemar."""
+    """How often one pair of runs by itself would have been called a win, for DoRA and for LoRA, by exact McNemar.
+
+    One run is enough on a task only if every seed would have said the same.
+    """
     rank = load_profile(PROFILE).rank
     dora, lora = _answers("dora", rank), _answers("lora", rank)
-    parts, against = [], []
+    parts, enough = [], []
     for task in dora:
         pairs = by_seed(dora[task], lora[task]).values()
         clear = [one.difference for one in pairs if one.p_value < claimed["level"]]
         won, lost = sum(one > 0 for one in clear), sum(one < 0 for one in clear)
-        against.append(won > 0 and lost > 0)
+        enough.append(max(won, lost) == len(pairs))
         span = f"{100 * min(one.difference for one in pairs):+.1f} to {100 * max(one.difference for one in pairs):+.1f}"
         parts.append(f"{TASK_NAMES[task]} {won} seeds for DoRA, {lost} for LoRA of {len(pairs)} ({span} points)")
-    return Outcome("does not hold" if any(against) else "holds", "; ".join(parts), _what({}) + ", exact McNemar a seed")
+    return Outcome(verdict_of(enough), "; ".join(parts), _what({}) + ", exact McNemar a seed")
 
 
 def full_is_ahead(claimed: Mapping[str, Any]) -> Outcome:
@@ -136,23 +177,15 @@ def full_is_ahead(claimed: Mapping[str, Any]) -> Outcome:
     full, lora = _answers("full", None), _answers("lora", load_profile(PROFILE).rank)
     found = {task: paired_difference(full[task], lora[task]) for task in full}
     wins, ties, losses = win_tie_loss(found.values())
-    verdict = "holds" if wins == len(found) else _undecided(losses == len(found))
-    parts = [f"{TASK_NAMES[task]} {_points(one)}" for task, one in found.items()]
+    verdict = verdict_by(map(wording, found.values()), "ahead", "behind")
+    parts = [f"{TASK_NAMES[task]} {in_points(one)} points" for task, one in found.items()]
     return Outcome(verdict, f"{wins} won, {ties} not told apart, {losses} lost: {'; '.join(parts)}", _what(found))
 
 
 def _average(first: Answers, second: Answers, how: str) -> Outcome:
     found = macro_difference(first, second)
-    verdict = {"ahead": "holds", "behind": "does not hold"}.get(wording(found), "depends")
-    return Outcome(verdict, f"{_points(found)}: {wording(found)}", f"{_what({0: found})}, {how}")
-
-
-def _undecided(contrary: bool) -> str:
-    return "does not hold" if contrary else "depends"
-
-
-def _points(one: Interval) -> str:
-    return f"{100 * one.estimate:+.1f} points ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
+    verdict = verdict_by([wording(found)], "ahead", "behind")
+    return Outcome(verdict, f"{in_points(found)} points: {wording(found)}", f"{_what({0: found})}, {how}")
 
 
 def _what(found: Mapping[Any, Interval]) -> str:

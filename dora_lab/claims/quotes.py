@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dora_lab.claims.ledger import Outcome
+from dora_lab.claims.ledger import Outcome, verdict_by, verdict_of
 from dora_lab.statistics import wilson_interval
 from dora_lab.tables import METHOD_NAMES, PAPER, REPORT, TASK_NAMES, published_accuracy, read_published
 
@@ -17,13 +17,12 @@ def quoted(claimed: Mapping[str, Any]) -> Outcome:
     said = reported("Paper's", method)[task]
     paper, readme = _printed(PAPER, method)[task], _printed(README, method)[task]
     equal = [said == paper, said == readme]
-    verdict = "holds" if all(equal) else "depends" if any(equal) else "does not hold"
     values = _printed(PAPER, method)
     others = [TASK_NAMES[name] for name in TASK_NAMES if values[name] == said]
     number = f"quoted {said}; paper {paper}, README {readme}"
     if not any(equal) and others:
         number += f"; {said} is the paper's value for {', '.join(others)}"
-    return Outcome(verdict, number, "the printed tables: paper (version 6), authors' README, report")
+    return Outcome(verdict_of(equal), number, "the printed tables: paper (version 6), authors' README, report")
 
 
 def averages(claimed: Mapping[str, Any]) -> Outcome:
@@ -32,32 +31,34 @@ def averages(claimed: Mapping[str, Any]) -> Outcome:
     means = [sum(row[task] for task in TASK_NAMES) / len(TASK_NAMES) for row in rows]
     right = [abs(mean - row["average"]) <= 0.05 + 1e-9 for mean, row in zip(means, rows, strict=True)]
     furthest = max(abs(mean - row["average"]) for mean, row in zip(means, rows, strict=True))
-    verdict = "holds" if all(right) else "depends"
     number = f"{sum(right)} of {len(right)} rows; furthest off by {furthest:.2f} points"
-    return Outcome(verdict, number, "printed tables")
+    return Outcome(verdict_of(right), number, "printed tables")
 
 
 def average_gain(claimed: Mapping[str, Any]) -> Outcome:
     """DoRA's lead in the average over eight tasks, from the paper's table and from the authors' README."""
     gains = [_printed(source, "dora")["average"] - _printed(source, "lora")["average"] for source in _TABLES]
     equal = [abs(gain - claimed["points"]) < 0.05 for gain in gains]
-    verdict = "holds" if all(equal) else "depends" if any(equal) else "does not hold"
     number = f"{gains[0]:+.1f} points by the paper, {gains[1]:+.1f} by the README"
-    return Outcome(verdict, number, "LLaMA-7B rows of the printed tables, one run each")
+    return Outcome(verdict_of(equal), number, "LLaMA-7B rows of the printed tables, one run each")
 
 
 def similar(claimed: Mapping[str, Any]) -> Outcome:
-    """Whether the paper's accuracy lies in the interval of the report's, for each method and task named."""
-    inside, parts = [], []
+    """Whether the report's accuracy is within a margin of the paper's, for each method and task named.
+
+    Shown to be within it, or beyond it, by two one-sided tests at 5 %: the 90 % interval lies on one side whole.
+    """
+    margin, said, parts = claimed["within_points"], [], []
     for task, questions in claimed["questions"].items():
         for method in ("lora", "dora"):
             own, paper = reported("Our", method)[task], _printed(PAPER, method)[task]
-            limits = wilson_interval(round(own / 100 * questions), questions)
-            inside.append(100 * limits.low <= paper <= 100 * limits.high)
-            span = f"{100 * limits.low:.1f} to {100 * limits.high:.1f}"
-            parts.append(f"{METHOD_NAMES[method]} {TASK_NAMES[task]} {span}, paper {paper}")
-    verdict = "holds" if all(inside) else "depends" if any(inside) else "does not hold"
-    return Outcome(verdict, "; ".join(parts), "printed accuracies with Wilson's intervals, whole test sets")
+            limits = wilson_interval(round(own / 100 * questions), questions, level=0.90)
+            low, high = 100 * limits.low - paper, 100 * limits.high - paper
+            inside, beyond = -margin < low and high < margin, high < -margin or margin < low
+            said.append("similar" if inside else "not similar" if beyond else "open")
+            parts.append(f"{METHOD_NAMES[method]} {TASK_NAMES[task]} {low:+.1f} to {high:+.1f}: {said[-1]}")
+    verdict = verdict_by(said, "similar", "not similar")
+    return Outcome(verdict, "; ".join(parts), "printed accuracies, report minus paper, Wilson's 90 % intervals")
 
 
 def all_lower(claimed: Mapping[str, Any]) -> Outcome:
@@ -69,7 +70,7 @@ def all_lower(claimed: Mapping[str, Any]) -> Outcome:
     }
     lower = [gap < 0 for gap in gaps.values()]
     number = ", ".join(f"{METHOD_NAMES[method]} {TASK_NAMES[task]} {gap:+.1f}" for (method, task), gap in gaps.items())
-    return Outcome("holds" if all(lower) else "depends", number + " points", "printed accuracies")
+    return Outcome(verdict_of(lower), number + " points", "printed accuracies")
 
 
 def four_endings(claimed: Mapping[str, Any]) -> Outcome:
