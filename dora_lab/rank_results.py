@@ -145,8 +145,8 @@ def verdict(table: pd.DataFrame) -> list[str]:
     alone = [CRITERION_NAMES[name] for name in asked if name != CONTROLLED]
     if alone:
         lines.append(
-            f"The ranks of {', '.join(alone)} were not dealt anew: had one of them been ahead of uniform ranks, unequal "
-            "ranks of any kind might have done as well."
+            f"The ranks of {', '.join(alone)} were not dealt anew: one of them that beat uniform ranks would still "
+            "have to beat its own ranks shuffled."
         )
     return lines
 

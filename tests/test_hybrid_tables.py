@@ -28,7 +28,9 @@ from dora_lab.hybrid_tables import (
 )
 from dora_lab.hybrids import MAGNITUDE, UPDATE, Part
 from dora_lab.models import load_model
-from dora_lab.profiles import load_profile
+from dora_lab.pipeline import RECORDED, answers_of, of_profile
+from dora_lab.profiles import PROJECT, load_profile
+from dora_lab.records import read_records
 from dora_lab.specs import RunSpec
 
 TASKS = ("boolq", "hellaswag", "winogrande")
@@ -124,6 +126,18 @@ def test_the_page_has_the_table_and_the_verdicts(tmp_path):
     page = write_hybrids(points, table, tmp_path / "new", "Runs for a test").read_text()
     assert "| table6 | 150 | 79.0 ± 2.5 | 79.0 ± 2.5 | 79.0 ± 2.5 | 79.0 | 3 |" in page
     assert "Runs for a test." in page and all(f"- {line}\n" in page for line in verdicts(table))
+
+
+@pytest.mark.slow
+def test_the_committed_page_is_what_the_recorded_runs_say(tmp_path):
+    profile, plain = load_profile("mini-hybrids"), load_profile("mini")
+    references = [r for r in of_profile(plain, read_records(RECORDED / plain.name)[0]) if r.spec.method != "full"]
+    runs = [r for r in of_profile(profile, read_records(RECORDED / profile.name)[0]) if r.spec.variant]
+    found = answers_of(RECORDED, [*references, *runs], run_name)
+    table = contrast_table(found, contrasts(profile.variants, profile.rank), profile.tasks)
+    page = write_hybrids(points_of([*references, *runs], profile.seeds), table, tmp_path, "x").read_text()
+    committed = (PROJECT / "figures" / "hybrids.md").read_text()
+    assert page.splitlines()[4:] == committed.splitlines()[4:], "figures/hybrids.md is out of date: run chapter 14"
 
 
 # --- Figures ---

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dora_lab.pipeline import RECORDED, grid
-from dora_lab.profiles import load_profile
+from dora_lab.profiles import PROJECT, load_profile
 from dora_lab.rank_figures import (
     accuracy_by_budget,
     accuracy_by_budget_alt,
@@ -223,6 +223,14 @@ def test_the_page_has_both_tables_and_the_verdict(tmp_path):
     assert "| BoolQ | update spectrum | 2 | 1000 | 3 | 80.0 ± 0.0 |" in text
     assert "- update spectrum minus its own ranks shuffled: +0.0 (" in text
     assert "Mean over BoolQ of the difference" in text
+
+
+@pytest.mark.slow
+def test_the_committed_page_is_what_the_recorded_runs_say(tmp_path, study):
+    cells = read_cells([(study, RECORDED), (load_profile("mini"), RECORDED)])
+    cells = {key: own for key, own in cells.items() if key[0] in study.tasks}
+    page = write_ranks(cells, difference_table(cells), tmp_path)
+    assert page.read_text() == (PROJECT / "figures" / "ranks.md").read_text(), "out of date: run chapter 13"
 
 
 def test_a_map_has_layers_down_and_modules_across():
