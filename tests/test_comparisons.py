@@ -19,7 +19,15 @@ from dora_lab.comparisons import (
     within,
 )
 from dora_lab.power import mcnemar_power
-from dora_lab.statistics import Interval, draws_of, paired_difference, paired_draws, seed_interval, wilson_interval
+from dora_lab.statistics import (
+    Interval,
+    draws_of,
+    mean_of_draws,
+    paired_difference,
+    paired_draws,
+    seed_interval,
+    wilson_interval,
+)
 
 
 def runs(correct):
@@ -220,15 +228,35 @@ def test_where_seeds_do_not_differ_the_bootstrap_is_too_wide_never_too_narrow():
     assert covered(limits, 0) >= 0.95
 
 
-@pytest.mark.slow
-def test_macro_average_covers():
+@pytest.mark.parametrize(
+    "seeds, spreads", [(3, (1.0, 1.0)), (3, (1.5, 1.5, 1.5)), (5, (1.0, 1.0, 1.0)), (3, (0.1, 1.0))]
+)
+def test_the_mean_over_tasks_covers(seeds, spreads):
+    """Two and three tasks, with as few seeds as are recorded; also where only one task's seeds differ much."""
     generator, held = np.random.default_rng(8), []
-    for _ in range(250):
-        right = generator.random((2, 3, 5, 200)) < 1 / (1 + np.exp(-generator.normal(0, 0.5, (2, 3, 5, 1))))
-        first, second = ({f"t{t}": runs(right[m, t]) for t in range(3)} for m in range(2))
-        found = macro_difference(first, second)
+    for _ in range(400):
+        draws = []
+        for spread in spreads:
+            chances = generator.normal(0, 1, 200) + generator.normal(0, spread, (2, seeds, 1))
+            right = generator.random((2, seeds, 200)) < 1 / (1 + np.exp(-chances))
+            draws.append(draws_of(right[0].astype(float) - right[1], 400, int(generator.integers(2**31))))
+        found = mean_of_draws(draws).interval()
         held.append(found.low <= 0 <= found.high)
-    assert 0.93 <= np.mean(held) <= 0.99
+    assert 0.93 <= np.mean(held) <= 0.97
+
+
+def test_the_mean_of_one_difference_is_that_difference():
+    draws = draws_of(np.random.default_rng(0).normal(0, 1, (3, 50)))
+    assert mean_of_draws([draws]).interval() == draws.interval()
+
+
+def test_three_tasks_alike_have_three_times_the_freedom():
+    values = np.random.default_rng(0).normal(0, 1, (3, 50))
+    one = draws_of(values)
+    assert mean_of_draws([one, one, one]).freedom == pytest.approx(6)
+    still = draws_of(np.zeros((3, 50)))
+    assert mean_of_draws([one, still, still]).freedom == pytest.approx(2)
+    assert mean_of_draws([draws_of(values[:1])]).freedom == 0
 
 
 def test_students_interval_over_seeds_covers():
