@@ -228,6 +228,7 @@ def test_where_seeds_do_not_differ_the_bootstrap_is_too_wide_never_too_narrow():
     assert covered(limits, 0) >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seeds, spreads", [(3, (1.0, 1.0)), (3, (1.5, 1.5, 1.5)), (5, (1.0, 1.0, 1.0)), (3, (0.1, 1.0))]
 )
