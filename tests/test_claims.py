@@ -303,7 +303,8 @@ def test_one_run_is_enough_only_where_every_seed_says_the_same(monkeypatch, dora
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(0.8, 0.5, "holds"), (0.5, 0.8, "does not hold"), (0.8, 0.8, "depends")]
+    ("low", "high", "verdict"),
+    [(0.8, 0.5, "holds"), (0.5, 0.8, "does not hold"), (0.8, 0.8, "depends"), (0.5, 0.2, "depends")],
 )
 def test_a_lead_at_low_ranks_is_the_difference_of_two_leads(monkeypatch, low, high, verdict):
     shares = {("dora", 1): low, ("dora", 8): high, ("lora", 1): 0.5, ("lora", 8): 0.5}

@@ -54,7 +54,10 @@ def ahead_on_average(claimed: Mapping[str, Any]) -> Outcome:
 
 
 def ahead_at_low_ranks(claimed: Mapping[str, Any]) -> Outcome:
-    """DoRA's lead at the lowest recorded rank minus its lead at the highest, over the same seeds and questions."""
+    """DoRA's lead at the lowest recorded rank minus its lead at the highest, over the same seeds and questions.
+
+    The claim holds if there is a lead at the lowest rank and it is the larger one.
+    """
     dora, lora = ({rank: _answers(method, rank) for rank in claimed["ranks"]} for method in ("dora", "lora"))
     draws: dict[int | str, list] = defaultdict(list)
     for place, task in enumerate(lora[claimed["ranks"][0]]):
@@ -65,9 +68,11 @@ def ahead_at_low_ranks(claimed: Mapping[str, Any]) -> Outcome:
             draws[name].append(draws_of(scores, bootstrap_seed=place))
     found = {name: mean_of_draws(own).interval() for name, own in draws.items()}
     change = found.pop("change")
+    leading = wording(found[claimed["ranks"][0]]) == "ahead"
+    verdict = {"ahead": "holds" if leading else "depends", "behind": "does not hold"}.get(wording(change), "depends")
     leads = [f"rank {rank} {in_points(one)}" for rank, one in found.items()]
     number = f"{in_points(change)} points larger: {wording(change)}; {', '.join(leads)}"
-    return Outcome(verdict_by([wording(change)], "ahead", "behind"), number, _what(found))
+    return Outcome(verdict, number, _what(found))
 
 
 def half_the_rank(claimed: Mapping[str, Any]) -> Outcome:
