@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import json
 import shutil
 import sys
@@ -12,7 +13,8 @@ import torch
 
 from dora_lab.assignments.build import SOLUTION, build, cut, is_test, marking, points_of, stubbed, student_copy
 from dora_lab.assignments.catalogue import ASSIGNMENTS, find_assignment
-from dora_lab.assignments.experiment import examine, own_seeds, paired
+from dora_lab.assignments.difference import paired
+from dora_lab.assignments.experiment import examine, own_seeds
 from dora_lab.assignments.grade import collect, grade, which_assignment
 from dora_lab.assignments.isolation import Function, Submission, SubmissionError, TimeLimit, WorkerDied
 from dora_lab.assignments.repair import read_submission, repair
@@ -471,6 +473,40 @@ def test_what_the_runs_say_is_asked_for_exactly(shift, notebooks):
     namespace["discordant"] += shift[1]
     with pytest.raises(AssertionError, match="is not what your runs say"):
         exec(source, namespace)
+
+
+def numbers_in(value):
+    """Every number in lists, tuples and dicts."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [number for part in value for number in numbers_in(part)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_nothing_that_the_set_up_gives_computes_what_is_asked_for(number, notebooks):
+    """Every function of the set-up, called with what an exercise has at hand, gives no number of a reference."""
+    notebook, namespace = notebooks[number], {"student_id": "lesson", "runs_dir": ""}
+    exec(by_id(notebook, f"a{number}-setup").source, namespace)
+    given = set(namespace)
+    test = f"a{number}-difference-test" if number == "04" else f"a{number}-numbers-test"
+    for cell in code_of(notebook):
+        name = marking(cell).get("grade_id", "")
+        if name and not name.endswith(("-setup", "-figure")) and (name == test or not is_test(cell)):
+            exec(cell.source, namespace)
+    wanted = [float(value) for value in namespace["reference"].values()]
+    at_hand = [namespace[name] for name in ("folder", "arms", "seeds", "student_id") if name in namespace]
+    assert not given & {"paired", "reference"}
+    for name in given - {"__builtins__"}:
+        if callable(namespace[name]):
+            for count in (1, 2, 3):
+                for arguments in itertools.permutations(at_hand, count):
+                    try:
+                        result = namespace[name](*arguments)
+                    except Exception:
+                        continue
+                    assert [w for w in wanted if w in numbers_in(result)] == [], name
 
 
 # The whole path

@@ -52,19 +52,6 @@ def examine(folder: Path, arms: dict[str, list[str]], seeds: list[int]) -> str:
     return task
 
 
-def paired(folder: Path, arms: dict[str, list[str]]) -> tuple[float, int]:
-    """(second arm's mean accuracy minus the first's, in points; how many answers of one seed and question are right in
-    exactly one arm). The runs are paired by seed. Give what `examine` has passed.
-    """
-    right = []
-    for run_ids in arms.values():
-        by_seed = {read_record(folder / run_id).spec.seed: run_id for run_id in run_ids}
-        right.append({seed: correct_by_id(read_predictions(folder / run_id)) for seed, run_id in by_seed.items()})
-    first, second = ([arm[seed][q] for seed in sorted(arm) for q in sorted(arm[seed])] for arm in right)
-    discordant = sum(a != b for a, b in zip(first, second, strict=True))
-    return 100 * (sum(second) - sum(first)) / len(first), discordant
-
-
 def _but_seed(record: RunRecord) -> dict:
     return {k: v for k, v in dataclasses.asdict(record.spec).items() if k not in ("seed", "profile")}
 
