@@ -111,7 +111,7 @@ def grade(
     handed = collect(folder)
     assignment = assignment or which_assignment(handed)
     course = out.resolve() / "course"
-    release = nbgrader_course.create(course, assignment, seconds, memory_bytes)
+    release = nbgrader_course.create(course, assignment, seconds, memory_bytes, folder)
     (out / "feedback").mkdir(exist_ok=True)
     (course / "graded").mkdir(exist_ok=True)
     report(f"assignment {assignment.number}, {assignment.title}: {len(handed)} submissions; {sandbox.describe()}")
