@@ -12,9 +12,10 @@ import pytest
 
 from dora_lab.assignments.build import SOLUTION, build, cut, is_test, marking, points_of, stubbed, student_copy
 from dora_lab.assignments.catalogue import ASSIGNMENTS, find_assignment
+from dora_lab.assignments.collect import collect, which_assignment
 from dora_lab.assignments.difference import paired
 from dora_lab.assignments.experiment import examine, own_seeds
-from dora_lab.assignments.grade import collect, grade, which_assignment
+from dora_lab.assignments.grade import grade
 from dora_lab.assignments.repair import read_submission, repair
 from dora_lab.assignments.samples import answers, filled, write_samples
 from dora_lab.pipeline import RECORDED
@@ -261,10 +262,10 @@ def test_submissions_are_found_by_folder_or_file(tmp_path, notebooks):
     (tmp_path / "=1+1 [x]").mkdir()
     shutil.copy(tmp_path / "alan.ipynb", tmp_path / "=1+1 [x]" / "hand_in.ipynb")
     found = collect(tmp_path)
-    assert [(one.student, one.notebook.name) for one in found] == [
-        ("_1_1__x_", "hand_in.ipynb"),
-        ("ada", "03_dora_from_scratch.ipynb"),
-        ("alan", "alan.ipynb"),
+    assert [(one.student, one.name, one.notebook.name) for one in found] == [
+        ("=1+1 [x]", "_1_1__x_", "hand_in.ipynb"),
+        ("ada", "ada", "03_dora_from_scratch.ipynb"),
+        ("alan", "alan", "alan.ipynb"),
     ]
     assert which_assignment(found).number == "03"
     (tmp_path / "empty").mkdir()

@@ -6,6 +6,7 @@ cells of the student's own, is taken from the submission. Everything that had to
 
 import ast
 import re
+import unicodedata
 from pathlib import Path
 
 import nbformat
@@ -159,12 +160,24 @@ def _is_literal(source: str) -> bool:
 
 
 def _with_student(source: str, theirs: NotebookNode | None, student_id: str, flags: list[str]) -> str:
-    said = re.search(r"^student_id\s*=\s*[\"'](.*?)[\"']", theirs.source if theirs else "", re.M)
-    if said is None or not said[1].strip():
+    said = _said_id(theirs.source if theirs else "")
+    if not said:
         flags.append(f"student_id is not given: graded as {student_id}")
-    elif said[1].strip() != student_id:
-        flags.append(f"student_id is {said[1].strip()[:40]!r}: graded as {student_id}, whose file it is")
+    elif said != student_id:
+        flags.append(f"student_id is {said[:40]!r}: graded as {student_id}, whose file it is")
     return re.sub(r"^student_id = .*$", lambda _: f"student_id = {student_id!r}", source, count=1, flags=re.M)
+
+
+def _said_id(source: str) -> str:
+    """The student id that a parameters cell gives, as `collect` has ids; "" if it gives none."""
+    for line in re.findall(r"^student_id\s*=\s*(.+)$", source, re.M):
+        try:
+            value = ast.literal_eval(line)
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, str | int):
+            return unicodedata.normalize("NFC", f"{value}").strip()
+    return ""
 
 
 def _own_cell(cell: NotebookNode) -> NotebookNode:
