@@ -13,12 +13,10 @@ import pytest
 from dora_lab.assignments.build import SOLUTION, build, cut, is_test, marking, points_of, stubbed, student_copy
 from dora_lab.assignments.catalogue import ASSIGNMENTS, find_assignment
 from dora_lab.assignments.collect import collect, which_assignment
-from dora_lab.assignments.difference import paired
-from dora_lab.assignments.experiment import examine, own_seeds
+from dora_lab.assignments.experiment import own_seeds
 from dora_lab.assignments.grade import grade
 from dora_lab.assignments.repair import read_submission, repair
 from dora_lab.assignments.samples import answers, filled, write_samples
-from dora_lab.pipeline import RECORDED
 
 NUMBERS = [assignment.number for assignment in ASSIGNMENTS]
 needs_nbgrader = pytest.mark.skipif(
@@ -273,116 +271,7 @@ def test_submissions_are_found_by_folder_or_file(tmp_path, notebooks):
         collect(tmp_path / "empty")
 
 
-# Assignment 04 reads records
-
-
-@pytest.fixture
-def runs(tmp_path):
-    folder = tmp_path / "mini"
-    folder.mkdir()
-    for pattern in ("winogrande-lora-r[12]-s[0-2]-*", "winogrande-dora-r2-s[0-2]-*", "boolq-*-r2-s[0-2]-*"):
-        for path in (RECORDED / "mini").glob(pattern):
-            shutil.copytree(path, folder / path.name)
-    return folder
-
-
-def arm(folder, kind):
-    return sorted(path.name for path in folder.glob(f"{kind}-s*"))
-
-
-def _record(folder, run_id, **values):
-    path = folder / run_id / "record.json"
-    record = json.loads(path.read_text())
-    for key, value in values.items():
-        record["spec" if key in record["spec"] else "result"][key] = value
-    path.write_text(json.dumps(record))
-
-
-def _first_rows(folder, run_id, count=None, **values):
-    path = folder / run_id / "predictions.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    wrong = next(row for row in rows if row["prediction"] != row["gold"])
-    wrong.update({key: value(wrong) for key, value in values.items()})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
-
-
-def _two(folder):
-    return {"LoRA": arm(folder, "winogrande-lora-r2"), "DoRA": arm(folder, "winogrande-dora-r2")}
-
-
-SOUND = {
-    "two methods": _two,
-    "two ranks": lambda f: {"1": arm(f, "winogrande-lora-r1"), "2": arm(f, "winogrande-lora-r2")},
-    "another task": lambda f: {"a": arm(f, "boolq-lora-r2"), "b": arm(f, "boolq-dora-r2")},
-    "in another order": lambda f: dict(reversed([(k, v[::-1]) for k, v in _two(f).items()])),
-    "as tuples": lambda f: {name: tuple(ids) for name, ids in _two(f).items()},
-}
-UNSOUND = {
-    "one arm": (lambda f: {"LoRA": arm(f, "winogrande-lora-r2")}, "two arms"),
-    "a list": (lambda f: list(_two(f).values()), "two arms"),
-    "arms that are no lists": (lambda f: dict.fromkeys(("a", "b"), "winogrande-lora-r2"), "list of run ids"),
-    "two seeds": (lambda f: {k: v[:2] for k, v in _two(f).items()}, "one run for each of your seeds"),
-    "one run three times": (lambda f: {k: v[:1] * 3 for k, v in _two(f).items()}, "one run for each of your seeds"),
-    "a mixed arm": (
-        lambda f: {"a": arm(f, "winogrande-lora-r2")[:2] + arm(f, "winogrande-lora-r1")[2:], "b": _two(f)["DoRA"]},
-        "differ in more than the seed",
-    ),
-    "two tasks": (lambda f: {"a": arm(f, "boolq-lora-r2"), "b": _two(f)["DoRA"]}, "different questions"),
-    "twice the same": (lambda f: dict.fromkeys(("a", "b"), _two(f)["DoRA"]), "the two arms are the same"),
-    "a run that is not there": (lambda f: {"a": ["winogrande-lora-r2-s0-0000000000"] * 3, "b": []}, "no finished run"),
-    "a path": (lambda f: {"a": ["../mini/" + i for i in arm(f, "boolq-lora-r2")], "b": []}, "no finished run"),
-}
-FORGED = {
-    "a better accuracy": (lambda f, r: _record(f, r, accuracy=0.999, correct=999), "does not say what its answers say"),
-    "a better accuracy alone": (lambda f, r: _record(f, r, accuracy=0.999), "does not say what its answers say"),
-    "another seed": (lambda f, r: _record(f, r, seed=1), "is of another run"),
-    "another rate": (lambda f, r: _record(f, r, learning_rate=0.1), "is of another run"),
-    "a renamed folder": (lambda f, r: ((f / r).rename(f / "x"), (f / "x").rename(f / r[:-1])), "no finished run"),
-    "answers made right": (
-        lambda f, r: _first_rows(f, r, prediction=lambda row: row["gold"]),
-        "not the one that the model found likeliest",
-    ),
-    "gold made the answer": (lambda f, r: _first_rows(f, r, gold=lambda row: row["prediction"]), "test questions"),
-    "fewer questions": (lambda f, r: _first_rows(f, r, count=900), "test questions"),
-    "likelihoods made to fit": (
-        lambda f, r: _first_rows(
-            f, r, prediction=lambda row: row["gold"], log_likelihoods=lambda row: {row["gold"]: 0.0, "x": -1.0}
-        ),
-        "does not say what its answers say",
-    ),
-    "no predictions": (lambda f, r: (f / r / "predictions.jsonl").write_text(""), "test questions"),
-    "a damaged record": (lambda f, r: (f / r / "record.json").write_text("{"), "damaged"),
-}
-
-
-@pytest.mark.parametrize("kind", SOUND)
-def test_sound_experiments_are_accepted(kind, runs):
-    arms = SOUND[kind](runs)
-    assert examine(runs, arms, [0, 1, 2]) == ("boolq" if kind == "another task" else "winogrande")
-    difference, discordant = paired(runs, arms)
-    back = paired(runs, dict(reversed(arms.items())))
-    assert back == (-difference, discordant) and abs(difference) * 30 <= discordant
-
-
-@pytest.mark.parametrize("kind", UNSOUND)
-def test_an_experiment_that_is_none_is_refused(kind, runs):
-    arms, words = UNSOUND[kind]
-    with pytest.raises(ValueError, match=words):
-        examine(runs, arms(runs), [0, 1, 2])
-
-
-@pytest.mark.parametrize("kind", FORGED)
-def test_a_forged_record_is_refused(kind, runs):
-    forge, words = FORGED[kind]
-    arms = _two(runs)
-    forge(runs, arms["DoRA"][0])
-    with pytest.raises(ValueError, match=words):
-        examine(runs, arms, [0, 1, 2])
-
-
-def test_runs_of_another_student_are_refused(runs):
-    with pytest.raises(ValueError, match="one run for each of your seeds"):
-        examine(runs, _two(runs), own_seeds("ada"))
+# What is asked for
 
 
 @pytest.mark.parametrize("shift", [(0.02, 0), (-0.02, 0), (0, 1), (0, -1), (1, 0), (0, 100), (-1, 2), (5, 5), (0.1, 0)])
