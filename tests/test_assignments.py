@@ -1,9 +1,11 @@
 """Assignments from end to end: what students get, what is done with what comes back, and what it is given."""
 
 import csv
+import html.parser
 import importlib.util
 import itertools
 import json
+import re
 import shutil
 import sys
 
@@ -15,7 +17,7 @@ from dora_lab.assignments.catalogue import ASSIGNMENTS, find_assignment
 from dora_lab.assignments.collect import collect, which_assignment
 from dora_lab.assignments.experiment import own_seeds
 from dora_lab.assignments.grade import grade
-from dora_lab.assignments.repair import read_submission, repair
+from dora_lab.assignments.repair import names_of, read_submission, repair
 from dora_lab.assignments.samples import answers, filled, write_samples
 
 NUMBERS = [assignment.number for assignment in ASSIGNMENTS]
@@ -241,6 +243,130 @@ def test_a_submission_is_graded_as_whose_it_is(said, flagged, notebooks):
     repaired, flags = mended(notebooks, submission)
     assert repaired.cells[1].source == "student_id = 'ada'"
     assert flags == [] if flagged is None else flagged in flags[0]
+
+
+def _without_ids(submission, minor=0):
+    """As Colab saves it: no cell ids, metadata of its own."""
+    plain = json.loads(nbformat.writes(submission))
+    plain["nbformat_minor"] = minor
+    for number, cell in enumerate(plain["cells"]):
+        del cell["id"]
+        cell["metadata"]["id"] = f"Xy{number}"
+    return json.dumps(plain)
+
+
+def test_a_file_without_cell_ids_is_as_good_as_one_with(notebooks, tmp_path):
+    (tmp_path / "colab.ipynb").write_text(_without_ids(handed(notebooks)))
+    whole, _ = mended(notebooks, handed(notebooks))
+    repaired, flags = mended(notebooks, read_submission(tmp_path / "colab.ipynb"))
+    assert flags == [] and [cell.source for cell in repaired.cells] == [cell.source for cell in whole.cells]
+
+
+def test_a_file_without_ids_or_metadata_keeps_its_answers_and_doubles_nothing(notebooks):
+    submission = handed(notebooks)
+    _lose_everything(submission)
+    repaired, flags = mended(notebooks, submission)
+    whole, _ = mended(notebooks, handed(notebooks))
+    assert [cell.source for cell in repaired.cells] == [cell.source for cell in whole.cells]
+    assert not any("student_id" in flag or "deleted" in flag for flag in flags)
+
+
+TYPED = {
+    "in a tuple": "a, b = 1.2, -3.4",
+    "in a list": "[a, b] = [1.2, -3.4]",
+    "annotated": "a: float = 1.2\nb: float = -3.4",
+    "chained": "a = c = 1.2\nb = -3.4",
+}
+
+
+@pytest.mark.parametrize("style", TYPED)
+def test_numbers_typed_in_in_any_form_are_literals(style, notebooks):
+    submission = handed(notebooks)
+    names = names_of(by_id(stubbed(notebooks["03"]), "a03-numbers"))
+    source = re.sub(r"\b[ab]\b", lambda m: names["ab".index(m[0])], TYPED[style])
+    by_id(submission, "a03-numbers").source = source
+    repaired, flags = mended(notebooks, submission)
+    assert flags == [] and by_id(repaired, "a03-numbers").source == source
+
+
+@pytest.mark.parametrize(
+    "source", ["a, b = f()", "a, b = 1, c", "a.b = 1", "a[0], b = 1, 2", "a: float", "a += 1", "f()"]
+)
+def test_what_is_not_typed_in_is_no_literal(source, notebooks):
+    submission = handed(notebooks)
+    by_id(submission, "a03-numbers").source = source
+    assert mended(notebooks, submission)[1] == ["a03-numbers: computed instead of typed in, not counted"]
+
+
+PAYLOADS = (
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "text <svg/onload=alert(1)> text",
+    "<!-- --><iframe src='javascript:alert(1)'></iframe>",
+    "<a href='javascript:alert(1)'>x</a>",
+    "[x](javascript:alert(1))",
+    "![x](javascript:alert(1))",
+    "<javascript:alert(1)>",
+    "$<script>alert(1)</script>$",
+    "$$\n<img src=x onerror=alert(1)>\n$$",
+    "`<script>alert(1)</script>`",
+    "```\n<script>alert(1)</script>\n```",
+    "<<script>script>alert(1)</script>",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "[x]: javascript:alert(1)\n\n[x]",
+    "[x](JavaScript:alert(1))",
+    "[x](javascript\\:alert(1))",
+    "[x](java&#115;cript:alert(1))",
+    "[x](javascript&colon;alert(1))",
+    "[x](<java\tscript:alert(1)>)",
+    "[x](data:text/html;base64,PHNjcmlwdD5hbGVydCgxKTwvc2NyaXB0Pg==#alert(1))",
+    "<math><mtext></form><form><mglyph><style></math><img src onerror=alert(1)>",
+)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("place", ["an answer", "a cell of one's own", "a raw cell"])
+def test_html_in_what_a_student_writes_is_shown_and_not_obeyed(payload, place, notebooks):
+    exporters = pytest.importorskip("nbconvert.exporters")
+    submission = filled(notebooks["04"], "ada", {})
+    if place == "an answer":
+        by_id(submission, "a04-paragraph").source = payload
+    else:
+        new = nbformat.v4.new_raw_cell if place == "a raw cell" else nbformat.v4.new_markdown_cell
+        submission.cells.append(new(payload))
+    repaired, _ = repair(submission, stubbed(notebooks["04"]), "ada")
+    written = next(cell for cell in repaired.cells if "alert" in cell.source)
+    page = exporters.HTMLExporter(template_name="basic").from_notebook_node(
+        nbformat.v4.new_notebook(cells=[nbformat.from_dict(written)])
+    )[0]
+    tags = _Tags()
+    tags.feed(page)
+    assert not tags.found & {"script", "svg", "iframe", "svg/onload", "form", "style", "math", "mglyph"}
+    assert not tags.scripted
+
+
+class _Tags(html.parser.HTMLParser):
+    """Elements of a page, and attributes that run something."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.scripted = set(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.add(tag)
+        self.scripted += [(tag, k) for k, v in attrs if k.startswith("on") or self.runs(v or "")]
+
+    @staticmethod
+    def runs(address):  # as a browser reads it: without control characters; %09 is none to it
+        return re.sub(r"[\x00-\x20]", "", address).lower().startswith(("javascript:", "data:"))
+
+
+def test_what_looks_like_mathematics_stays(notebooks):
+    submission = filled(notebooks["04"], "ada", {})
+    text = "> a quotation: $a < b$, $a<b$ and `x <= y`, so 3<4 & \\alpha"
+    by_id(submission, "a04-paragraph").source = text
+    repaired, _ = repair(submission, stubbed(notebooks["04"]), "ada")
+    assert by_id(repaired, "a04-paragraph").source == text.replace("a<b", "a< b")
 
 
 @pytest.mark.parametrize(
