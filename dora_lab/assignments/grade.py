@@ -18,6 +18,7 @@ from dora_lab.assignments import isolation, sandbox
 from dora_lab.assignments.build import marking, points_of
 from dora_lab.assignments.catalogue import Assignment
 from dora_lab.assignments.collect import Handed, collect, digest, files_with, which_assignment
+from dora_lab.assignments.copies import copies
 from dora_lab.assignments.repair import read_submission, repair
 from dora_lab.assignments.table import Graded, write_grades
 from dora_lab.files import write_text
@@ -67,8 +68,24 @@ def grade(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     finally:  # interrupted, too: what is graded stands in the table
-        table = write_grades(list(results.values()), assignment, release, out / "grades.csv")
+        found = _flagged(list(results.values()), handed, assignment, course)
+        table = write_grades(found, assignment, release, out / "grades.csv")
     return table
+
+
+def _flagged(results: list[Graded], handed: list[Handed], assignment: Assignment, course: Path) -> list[Graded]:
+    """With flags for what students share: in the table alone, because a student's page names no other student."""
+    graded = {result.student for result in results if not result.failure}
+    notebooks = {
+        one.student: _submitted(course, one, assignment) / f"{assignment.name}.ipynb"
+        for one in handed
+        if one.student in graded
+    }
+    try:
+        flags = copies(notebooks)
+    except Exception as error:  # the grades stand without
+        flags = dict.fromkeys(graded, [f"not compared with the others: {type(error).__name__}: {error}"])
+    return [replace(result, flags=[*result.flags, *flags.get(result.student, [])]) for result in results]
 
 
 def _said(result: Graded, most: float) -> str:
@@ -125,9 +142,13 @@ def _points(
     return points, by_hand
 
 
+def _submitted(course: Path, one: Handed, assignment: Assignment) -> Path:
+    return course / "submitted" / one.name / assignment.name
+
+
 def _hand_over(one: Handed, notebook: NotebookNode, assignment: Assignment, course: Path) -> None:
     """Put the repaired notebook, and the runs that came with it, where nbgrader looks for submissions."""
-    target = course / "submitted" / one.name / assignment.name
+    target = _submitted(course, one, assignment)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for path in files_with(one, assignment):
