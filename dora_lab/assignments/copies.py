@@ -1,4 +1,4 @@
-"""What several submissions have in common that chance does not explain: the same code, the same runs. Flags, no points."""
+"""What several submissions have in common beyond chance: the same code, the same runs. It makes flags, no points."""
 
 import ast
 import itertools
