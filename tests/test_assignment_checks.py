@@ -5,7 +5,7 @@ An answer is run as grading runs it: the cell in a worker of its own, the test h
 
 import nbformat
 import pytest
-from answers import CHEATS, assignment_01, assignment_02, assignment_03
+from answers import CHEATS, HABITS, assignment_01, assignment_02, assignment_03
 
 from dora_lab.assignments.build import cut, is_test, marking, stubbed
 from dora_lab.assignments.catalogue import find_assignment
@@ -56,6 +56,13 @@ def test_five_styles_of_right_answers_are_accepted(bench, number, name):
     right = ANSWERS[number].RIGHT[name]
     refused = {style: why for style, source in right.items() if (why := bench[number].failure(name, source))}
     assert len(set(right.values())) >= 5 and refused == {}
+
+
+@pytest.mark.parametrize(("number", "name"), FUNCTIONS)
+def test_habits_of_notebooks_cost_a_right_answer_nothing(bench, number, name):
+    function, right = names_of(bench[number].cells[name])[0], next(iter(ANSWERS[number].RIGHT[name].values()))
+    written = {habit: text.replace("{name}", function).replace("{answer}", right) for habit, text in HABITS.items()}
+    assert {habit: why for habit, source in written.items() if (why := bench[number].failure(name, source))} == {}
 
 
 @pytest.mark.parametrize(("number", "name"), FUNCTIONS)

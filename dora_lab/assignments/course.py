@@ -43,6 +43,7 @@ c.Execute.timeout = {cell_seconds}
 c.IsolatedExecute.submission_seconds = {submission_seconds}
 c.IsolatedExecute.memory_bytes = {memory_bytes}
 c.IsolatedExecute.uses_lab = {uses_lab}
+c.IsolatedExecute.hidden = {hidden!r}
 """
 
 
@@ -52,17 +53,21 @@ def require_nbgrader() -> None:
         raise RuntimeError("nbgrader is missing: install the grading packages, pip install -e '.[grading]'")
 
 
-def create(course: Path, assignment: Assignment, seconds: float, memory_bytes: int) -> nbformat.NotebookNode:
+def create(
+    course: Path, assignment: Assignment, seconds: float, memory_bytes: int, submissions: Path
+) -> nbformat.NotebookNode:
     """Make the folder and its gradebook from the chapter, or take it up again; returns the notebook graded against.
 
-    seconds, memory_bytes: for a cell or call of submitted code. Raises RuntimeError with nbgrader's last words.
+    seconds, memory_bytes: for a cell or call of submitted code, which may read neither the course nor what is handed in
+    at `submissions`. Raises RuntimeError with nbgrader's last words.
     """
     require_nbgrader()
     notebook = stubbed(cut(assignment))
     source = course / "source" / assignment.name / f"{assignment.name}.ipynb"
     source.parent.mkdir(parents=True, exist_ok=True)
     values = {"cell_seconds": CELL_SECONDS, "submission_seconds": seconds, "memory_bytes": memory_bytes}
-    configuration = CONFIGURATION.format(**values, uses_lab=assignment.uses_lab)
+    hidden = [str(course.resolve()), str(submissions.resolve())]
+    configuration = CONFIGURATION.format(**values, uses_lab=assignment.uses_lab, hidden=hidden)
     (course / "nbgrader_config.py").write_text(configuration)
     text = nbformat.writes(notebook) + "\n"
     if (course / "gradebook.db").exists() and source.is_file():
@@ -84,6 +89,11 @@ def autograde(course: Path, assignment: Assignment, student: str, seconds: float
 def feedback(course: Path, assignment: Assignment, student: str, seconds: float) -> str:
     """Run the feedback alone, after grading by hand."""
     return _run(course, ["-m", __name__, assignment.name, student, "generate_feedback"], seconds)
+
+
+def work_folder(course: Path, student: str) -> Path:
+    """Where the student's code has its folders while it runs (`execute`)."""
+    return course / "work" / student
 
 
 def points(course: Path, assignment: Assignment, student: str) -> tuple[dict[str, float], bool, bool]:

@@ -6,7 +6,7 @@ its message and not the hidden lines around it.
 
 from nbformat import NotebookNode
 from nbgrader.preprocessors import Execute, NbGraderPreprocessor
-from traitlets import Bool, Float, Integer
+from traitlets import Bool, Float, Integer, List, Unicode
 
 from dora_lab.assignments import isolation
 from dora_lab.assignments.build import HIDDEN, is_test
@@ -15,8 +15,9 @@ from dora_lab.assignments.repair import ROLE
 PRELUDE = """\
 from pathlib import Path as _Path
 from dora_lab.assignments import isolation as _isolation
-_course = str(_Path.cwd().parents[2])
-_submission = _isolation.Submission(_Path.cwd(), {seconds!r}, {memory!r}, {uses_lab!r}, (_course,))
+_homes = _Path.cwd().parents[2] / "work" / _Path.cwd().parent.name
+_homes.mkdir(parents=True, exist_ok=True)
+_submission = _isolation.Submission(_Path.cwd(), {seconds!r}, {memory!r}, {uses_lab!r}, {hidden!r}, _homes)
 import atexit as _atexit
 _atexit.register(_submission.close)
 """
@@ -32,6 +33,8 @@ class IsolatedExecute(Execute):
     )
     memory_bytes = Integer(isolation.MEMORY_BYTES, help="What submitted code may allocate").tag(config=True)
     uses_lab = Bool(False, help="Whether submitted code may import dora_lab").tag(config=True)
+
+    hidden = List(Unicode(), help="Folders that submitted code may read in no case").tag(config=True)
 
     def preprocess_cell(self, cell: NotebookNode, resources: dict, index: int) -> tuple[NotebookNode, dict]:
         """Execute what stands for the cell, then put the cell's own text back."""
@@ -52,11 +55,8 @@ class IsolatedExecute(Execute):
 
     def _to_run(self, cell: NotebookNode) -> str:
         role = cell.metadata.get(ROLE, {"run": "submission", "names": []})
-        prelude = (
-            ""
-            if self._begun
-            else PRELUDE.format(seconds=self.submission_seconds, memory=self.memory_bytes, uses_lab=self.uses_lab)
-        )
+        terms = {"seconds": self.submission_seconds, "memory": self.memory_bytes, "uses_lab": self.uses_lab}
+        prelude = "" if self._begun else PRELUDE.format(**terms, hidden=tuple(self.hidden))
         self._begun = True
         if role["run"] == "test":
             return prelude + cell.source

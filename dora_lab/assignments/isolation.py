@@ -25,6 +25,9 @@ CELL_SECONDS = 20.0
 MEMORY_BYTES = 2 * 2**30
 LONGEST_REPLY = 64 * 2**20
 STARTING_SECONDS = 120.0  # until torch is loaded
+LARGEST_HOME = 512 * 2**20  # of all files in the worker's folder, those that were handed in among them
+MOST_FILES = 20_000
+WEIGHED_EVERY_S = 1.0
 
 
 class SubmissionError(Exception):
@@ -39,6 +42,10 @@ class WorkerDied(SubmissionError):
     """The worker ended: out of memory, or made to."""
 
 
+class _Overfull(Exception):
+    """The worker's folder holds too much."""
+
+
 class Submission:
     """One student's code, run cell by cell in a worker; a worker that had to be ended is replaced, and its good cells
     are run again in the new one.
@@ -51,15 +58,15 @@ class Submission:
         memory_bytes: int = MEMORY_BYTES,
         uses_lab: bool = False,
         hidden: tuple[str, ...] = (),
+        homes: Path | None = None,
     ):
         """folder: files that came with the notebook; the worker sees a copy. seconds: for a cell or a call. uses_lab,
-        hidden: as for `sandbox.start`.
+        hidden: as for `sandbox.readable`. homes: where to make the worker's folder; the system's temporary one if None.
         """
         self.seconds, self.memory_bytes = seconds, memory_bytes
         self.uses_lab, self.hidden = uses_lab, hidden
-        self.home = tempfile.mkdtemp(prefix="submission-")
-        if folder is not None:
-            shutil.copytree(folder, self.home, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.ipynb", "*.db"))
+        self.folder, self.homes = folder, homes
+        self.home = self._new_home()
         self.process, self.unread = None, b""
         self.done: list[str] = []
 
@@ -107,6 +114,13 @@ class Submission:
             raise SubmissionError(f"{reply['kind']}: {reply['error']}{place}")
         return reply
 
+    def _new_home(self) -> str:
+        """A folder with what came with the notebook, and nothing else."""
+        home = tempfile.mkdtemp(prefix="submission-", dir=self.homes)
+        if self.folder is not None:
+            shutil.copytree(self.folder, home, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.ipynb", "*.db"))
+        return home
+
     def _begin(self) -> None:
         self.process = sandbox.start(Path(self.home), self.memory_bytes, self.uses_lab, self.hidden)
         self.unread = b""
@@ -117,10 +131,16 @@ class Submission:
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
-            return json.loads(self._line(time.monotonic() + seconds))
+            reply = json.loads(self._line(time.monotonic() + seconds))
+            self._weigh()
+            return reply
         except TimeoutError:
             self._end()
             raise TimeLimit(f"it did not end within {seconds:g} seconds and was stopped") from None
+        except _Overfull as problem:
+            self.close()
+            self.home = self._new_home()
+            raise WorkerDied(f"it was stopped: {problem}") from None
         except (OSError, ValueError) as problem:
             self._end()
             raise WorkerDied(
@@ -133,9 +153,13 @@ class Submission:
     def _line(self, deadline: float) -> bytes:
         pipe = self.process.stdout.fileno()
         while b"\n" not in self.unread:
-            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            ready, _, _ = select.select([pipe], [], [], max(0.0, min(left, WEIGHED_EVERY_S)))
             if not ready:
-                raise TimeoutError
+                self._weigh()
+                if left <= WEIGHED_EVERY_S:
+                    raise TimeoutError
+                continue
             chunk = os.read(pipe, 2**20)
             if not chunk:
                 raise OSError("no reply")
@@ -144,6 +168,17 @@ class Submission:
                 raise OSError("its reply is too long")
         line, _, self.unread = self.unread.partition(b"\n")
         return line
+
+    def _weigh(self) -> None:
+        """Raise _Overfull if the worker's folder holds more than it may."""
+        files = size = 0
+        for where, _, names in os.walk(self.home):
+            files += len(names)
+            for name in names:
+                with contextlib.suppress(OSError):
+                    size += os.lstat(os.path.join(where, name)).st_size
+            if size > LARGEST_HOME or files > MOST_FILES:
+                raise _Overfull(f"it wrote more than {LARGEST_HOME // 2**20} MiB or {MOST_FILES:,} files")
 
     def _end(self) -> None:
         if self.process is not None:

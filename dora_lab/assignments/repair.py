@@ -6,6 +6,7 @@ cells of the student's own, is taken from the submission. Everything that had to
 
 import ast
 import re
+import unicodedata
 from pathlib import Path
 
 import nbformat
@@ -97,6 +98,7 @@ def _matched(submitted: NotebookNode, release: NotebookNode, flags: list[str]) -
                     taken.add(position)
                     flags.append(f"{marking(cell)['grade_id']}: metadata lost, found by what it defines")
                     break
+    _match_by_text(submitted, release, claims, taken, flags)
     places, found = {}, {}
     for index, positions in claims.items():
         cell = release.cells[index]
@@ -110,6 +112,27 @@ def _matched(submitted: NotebookNode, release: NotebookNode, flags: list[str]) -
     return places, found
 
 
+def _match_by_text(
+    submitted: NotebookNode, release: NotebookNode, claims: dict[int, list[int]], taken: set[int], flags: list[str]
+) -> None:
+    """Add to `claims` the cells that no id led to, as in files without cell ids: the one that sets student_id, and
+    those whose text is the release's.
+    """
+    for index, cell in enumerate(release.cells):
+        if index in claims:
+            continue
+        parameters, text = "parameters" in cell.metadata.get("tags", []), _plain(HIDDEN.sub("", cell.source))
+        for position, theirs in enumerate(submitted.cells):
+            sets_id = theirs.cell_type == "code" and re.search(r"^student_id\s*=", theirs.source, re.M)
+            same = theirs.cell_type == cell.cell_type and _plain(theirs.source) == text
+            if position not in taken and (sets_id if parameters else same):
+                claims[index] = [position]
+                taken.add(position)
+                if marking(cell):
+                    flags.append(f"{marking(cell)['grade_id']}: metadata lost, found by its text")
+                break
+
+
 def names_of(cell: NotebookNode) -> list[str]:
     """What a solution cell is to define: the functions and names of its stub."""
     return sorted(_defined(cell.source)) if cell.cell_type == "code" else []
@@ -121,10 +144,14 @@ def _defined(source: str) -> set[str]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return set()
     names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    for node in tree.body:
-        for target in node.targets if isinstance(node, ast.Assign) else ():
-            names |= {target.id} if isinstance(target, ast.Name) else set()
-    return names
+    return names | {name for node in tree.body for name in _assigned(node) or ()}
+
+
+def _assigned(node: ast.stmt) -> list[str] | None:
+    """The names that a statement gives values to (`a = 1`, `a, b = 1, 2`, `a: float = 1`); None if it does other."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    names = [part for t in targets for part in (t.elts if isinstance(t, ast.Tuple | ast.List) else [t])]
+    return [name.id for name in names] if names and all(isinstance(name, ast.Name) for name in names) else None
 
 
 def _take_answer(cell: NotebookNode, theirs: NotebookNode | None, flags: list[str]) -> None:
@@ -143,14 +170,14 @@ def _take_answer(cell: NotebookNode, theirs: NotebookNode | None, flags: list[st
             r"^", "# ", theirs.source, flags=re.M
         )
         return
-    cell.source = theirs.source
+    cell.source = theirs.source if cell.cell_type == "code" else _inert(theirs.source)
 
 
 def _is_literal(source: str) -> bool:
     """Whether a cell holds nothing but assignments of literal values (or the stub's `...`)."""
     try:
         for node in ast.parse(source).body:
-            if not (isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) for t in node.targets)):
+            if _assigned(node) is None or node.value is None:
                 return False
             ast.literal_eval(node.value)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
@@ -159,18 +186,41 @@ def _is_literal(source: str) -> bool:
 
 
 def _with_student(source: str, theirs: NotebookNode | None, student_id: str, flags: list[str]) -> str:
-    said = re.search(r"^student_id\s*=\s*[\"'](.*?)[\"']", theirs.source if theirs else "", re.M)
-    if said is None or not said[1].strip():
+    said = _said_id(theirs.source if theirs else "")
+    if not said:
         flags.append(f"student_id is not given: graded as {student_id}")
-    elif said[1].strip() != student_id:
-        flags.append(f"student_id is {said[1].strip()[:40]!r}: graded as {student_id}, whose file it is")
+    elif said != student_id:
+        flags.append(f"student_id is {said[:40]!r}: graded as {student_id}, whose file it is")
     return re.sub(r"^student_id = .*$", lambda _: f"student_id = {student_id!r}", source, count=1, flags=re.M)
+
+
+def _said_id(source: str) -> str:
+    """The student id that a parameters cell gives, as `collect` has ids; "" if it gives none."""
+    for line in re.findall(r"^student_id\s*=\s*(.+)$", source, re.M):
+        try:
+            value = ast.literal_eval(line)
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, str | int):
+            return unicodedata.normalize("NFC", f"{value}").strip()
+    return ""
 
 
 def _own_cell(cell: NotebookNode) -> NotebookNode:
     if cell.cell_type == "code":
         return nbformat.v4.new_code_cell(cell.source, metadata={ROLE: {"run": "submission", "names": []}})
-    return nbformat.v4.new_markdown_cell(cell.source)
+    return nbformat.v4.new_markdown_cell(_inert(cell.source))
+
+
+def _inert(text: str) -> str:
+    """Markdown whose HTML and scripted links are shown, not obeyed, in feedback and Formgrader; nbconvert lets both by.
+
+    A space does it, which text, code and mathematics survive: no tag begins with `< `, no entity (it may spell a link's
+    scheme) with `& `, and no scheme ends in ` :`.
+    """
+    text = re.sub(r"<(?=[A-Za-z/!?])", "< ", text)
+    text = re.sub(r"&(?=[#A-Za-z])", "& ", text)
+    return re.sub(r"\b(javascript|vbscript|data)(?=\\?:)", r"\1 ", text, flags=re.I)
 
 
 def _plain(source: str) -> str:

@@ -20,7 +20,7 @@ import builtins, os, socket, subprocess, sys
 
 for attempt in (
     lambda: [os.remove(f"../{name}") for name in os.listdir("..")],
-    lambda: open("../../gradebook.db", "w").write("all points"),
+    lambda: open("../../../gradebook.db", "w").write("all points"),
     lambda: socket.create_connection(("192.0.2.1", 80), timeout=1),
     lambda: subprocess.run(["touch", "/tmp/was-here"]),
     lambda: sys.modules["__main__"].__dict__.update(close=lambda a, b: True, same_number=lambda a, b: True),

@@ -15,35 +15,22 @@ import base64
 import builtins
 import io
 import json
+import linecache
 import os
 import re
 import resource
 import sys
 import traceback
+import types
 from contextlib import redirect_stderr, redirect_stdout
 
 import numpy  # noqa: F401 (before the guard: it may ask the system for its name)
 import torch
 
 KEPT_CALLS = 16  # graphs kept for a later backward
+COMMAND = re.compile(r"^([ \t]*)(?:[%!?].*|[\w.]+\?\??[ \t]*)$", re.M)
 LARGEST = 1_000_000  # numbers in one value that may travel
 BLOCKED = ("peft", "dora_lab", "transformers", "accelerate", "torchtune", "loralib", "unsloth", "bitsandbytes")
-FORBIDDEN = (  # audit events, https://docs.python.org/3/library/audit_events.html
-    *(
-        "socket.",
-        "subprocess.",
-        "os.system",
-        "os.exec",
-        "os.fork",
-        "os.posix_spawn",
-        "os.spawn",
-        "os.kill",
-        "os.putenv",
-    ),
-    *("ctypes.", "pty.", "signal.", "ftplib.", "http.", "urllib.", "smtplib.", "sqlite3.", "webbrowser."),
-)
-CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
-CHANGES += ("os.chown", "shutil.", "os.utime", "os.setxattr")
 
 
 def encode(value: object) -> object:
@@ -99,47 +86,29 @@ class Other:
         return f"<a {self.kind}>"
 
 
-def _guard(folder: str, hidden: list[str], blocked: tuple[str, ...]) -> None:
-    """Refuse, for good, what a solution never needs: adapter libraries, processes, sockets, signals, reading below a
-    `hidden` path, changing anything outside `folder`. An audit hook cannot be taken out again from Python.
-    """
-    inside = os.path.realpath(folder) + os.sep
-    closed = tuple(os.path.realpath(path) + os.sep for path in hidden)
+def _display(*values: object, **_: object) -> None:
+    """A notebook's `display`, in text."""
+    for value in values:
+        print(repr(value))
 
-    def resolved(path: object) -> str:
-        return inside if isinstance(path, int) else os.path.realpath(os.fsdecode(path))
 
-    def outside(path: object) -> bool:
-        return not (resolved(path) + os.sep).startswith(inside)
+class _Notebook:
+    """What `get_ipython()` gives here: any command of a notebook's, doing nothing."""
 
-    def hook(event: str, arguments: tuple) -> None:
-        if event == "import":
-            if arguments[0].partition(".")[0] in blocked:
-                raise ImportError(f"{arguments[0]} may not be imported in a submission: write it in plain PyTorch")
-        elif event in ("open", "os.listdir", "os.scandir"):
-            path, mode, flags = (*arguments, None, None)[:3]
-            if path is None or path == os.devnull:
-                return
-            writes = any(c in (mode or "") for c in "wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR)
-            if writes and outside(path):
-                raise PermissionError(f"a submission may write only in its own folder, not to {path}")
-            if not isinstance(path, int) and (resolved(path) + os.sep).startswith(closed):
-                raise PermissionError(f"a submission may not read {path}")
-        elif event.startswith(FORBIDDEN):
-            raise PermissionError(f"a submission may not use {event}")
-        elif event.startswith(CHANGES) and any(outside(p) for p in arguments if isinstance(p, str | bytes)):
-            raise PermissionError(f"a submission may change only files in its own folder ({event})")
-
-    sys.addaudithook(hook)
+    def __getattr__(self, name: str):
+        return lambda *_, **__: None
 
 
 class Worker:
     """Runs cells in one namespace and calls what they define."""
 
     def __init__(self) -> None:
-        self.namespace: dict = {"__name__": "__main__", "__builtins__": builtins}
+        self.module = types.ModuleType("__main__")  # what `import __main__` finds, as in a notebook
+        self.namespace = vars(self.module)
+        self.namespace.update(__builtins__=builtins, display=_display, get_ipython=_Notebook)
         self.calls: dict[int, tuple[list, list]] = {}  # call -> (outputs with their graph, tracked arguments)
         self.count = 0
+        self.cells = 0
 
     def answer(self, request: dict) -> dict:
         """The reply to one request; an exception of the student's code becomes {"error", "kind", "line"}."""
@@ -153,15 +122,16 @@ class Worker:
         return reply | {"printed": printed.getvalue()[-5000:]}
 
     def _run(self, source: str, wanted: list[str]) -> dict:
+        self.cells += 1
+        name = f"<submission {self.cells}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # for inspect.getsource
         try:
-            tree = ast.parse(source, "submission")
-        except SyntaxError:  # notebook commands, %matplotlib or !ls, are no Python and are left out
-            tree = ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M), "submission")
+            tree = ast.parse(source, name)
+        except SyntaxError:  # notebook commands, %matplotlib or !ls or torch.norm?, are no Python and are left out
+            tree = ast.parse(COMMAND.sub(r"\1pass", source), name)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, "submission", "exec"), self.namespace)
-        shown = (
-            None if last is None else eval(compile(ast.Expression(last.value), "submission", "eval"), self.namespace)
-        )
+        exec(compile(tree, name, "exec"), self.namespace)
+        shown = None if last is None else eval(compile(ast.Expression(last.value), name, "eval"), self.namespace)
         if shown is not None:
             print(repr(shown))
         found = {name: self.namespace[name] for name in wanted if name in self.namespace}
@@ -208,36 +178,56 @@ def _open_figures() -> list[str]:
 def _line_of(problem: BaseException) -> str:
     if isinstance(problem, SyntaxError):
         return f"line {problem.lineno}"
-    frames = [frame for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == "submission"]
+    frames = [
+        frame for frame in traceback.extract_tb(problem.__traceback__) if frame.filename.startswith("<submission ")
+    ]
     return f"line {frames[-1].lineno}" if frames else ""
 
 
-def main(folder: str, memory_bytes: int, uses_lab: bool, hidden: list[str]) -> None:
-    """Serve requests from standard input until it ends.
+def _beside(name: str) -> types.ModuleType:
+    """The module of this folder, found by its path (the package is not there) and given builtins of its own, so that
+    what a submission does to `isinstance` does not reach it.
+    """
+    module = types.ModuleType(name)
+    module.__dict__["__builtins__"] = dict(vars(builtins))
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{name}.py")
+    with open(path, encoding="utf-8") as file:
+        exec(compile(file.read(), path, "exec"), module.__dict__)
+    return module
 
-    memory_bytes: what may be allocated from now on (where the system can limit it); uses_lab: whether adapter libraries
-    may be imported; hidden: folders that a submission may not read.
+
+def main() -> None:
+    """Serve requests from standard input until it ends. The first line is how to be shut in:
+
+    folder, to work in; readable: paths below which a submission may read; memory_bytes: what may be allocated from now
+    on (where the system can limit it); uses_lab: whether adapter libraries may be imported, this one too, from project.
     """
     replies = os.fdopen(os.dup(1), "w")
     requests = os.fdopen(os.dup(0), "r")
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # what native code prints must not be taken for a reply
         os.dup2(quiet, stream)
-    os.chdir(folder)
+    terms = json.loads(requests.readline())
+    os.chdir(terms["folder"])
     torch.set_num_threads(1)
     used = (
         os.sysconf("SC_PAGE_SIZE") * int(open("/proc/self/statm").read().split()[0]) if sys.platform == "linux" else 0
     )
-    limits = {resource.RLIMIT_AS: used + memory_bytes, resource.RLIMIT_FSIZE: 64 * 2**20, resource.RLIMIT_CPU: 1800}
-    for kind, limit in limits.items():
+    limits = {resource.RLIMIT_AS: used + terms["memory_bytes"], resource.RLIMIT_CPU: 1800}
+    for kind, limit in (limits | {resource.RLIMIT_FSIZE: 64 * 2**20}).items():
         try:
             resource.setrlimit(kind, (limit, limit))
         except (ValueError, OSError):  # macOS knows no RLIMIT_AS
             pass
-    if uses_lab:  # -I leaves out PYTHONPATH
-        sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-    _guard(folder, [*hidden, "/proc", "/sys"], () if uses_lab else BLOCKED)
+    if terms["uses_lab"]:  # -I leaves out PYTHONPATH
+        sys.path.insert(0, terms["project"])
+    fence, guard = _beside("fence"), _beside("guard")
+    if fence.version():
+        fence.restrict(terms["folder"], terms["readable"])
+    guard.install(terms["folder"], terms["readable"], () if terms["uses_lab"] else BLOCKED)
+    del fence, guard, terms
     worker = Worker()
+    sys.modules["__main__"] = worker.module
     for line in requests:
         reply = json.dumps(worker.answer(json.loads(line)))
         replies.write(reply + "\n")
@@ -245,4 +235,4 @@ def main(folder: str, memory_bytes: int, uses_lab: bool, hidden: list[str]) -> N
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "uses-lab", sys.argv[4:])
+    main()

@@ -1,8 +1,17 @@
 """Answers to the assignments that a check has to accept (RIGHT, by style) or refuse (WRONG, by mistake or cheat).
 
-Each is the source of a solution cell. `CHEATS` are tried on every exercise that asks for a function.
+Each is the source of a solution cell. `HABITS` and `CHEATS` are tried on every exercise that asks for a function.
 """
 
+# What people write around an answer in a notebook, and what must not cost it its points.
+HABITS = {
+    "display": "{answer}\ndisplay({name})\n",
+    "an environment variable": "import os\n\nos.environ['KMP_DUPLICATE_LIB_OK'] = 'TRUE'\n{answer}",
+    "help with ?": "{answer}\ntorch.norm?\n",
+    "magics": "%matplotlib inline\n!pip list\n{answer}\nget_ipython().run_line_magic('time', '')\n",
+    "one's own source": "import inspect\n\n{answer}\nprint(inspect.getsource({name}))\n",
+    "an optimiser": "{answer}\ntorch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1).step()\n",
+}
 CHEATS = {
     "imports PEFT": "import peft\n\n\ndef {name}(*args):\n    return peft.tuners.lora.dora(*args)\n",
     "imports the lab": "from dora_lab.adapters import *\n\n\ndef {name}(*args):\n    return dora_weight(*args)\n",

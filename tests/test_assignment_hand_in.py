@@ -1,0 +1,218 @@
+"""What is handed in, whose it is, and what the table says when something goes wrong; nbgrader is stood in for."""
+
+import csv
+import sqlite3
+import unicodedata
+
+import nbformat
+import pytest
+
+from dora_lab.assignments import grade as grading
+from dora_lab.assignments.build import cut, stubbed, student_copy
+from dora_lab.assignments.catalogue import find_assignment
+from dora_lab.assignments.collect import collect, files_with, which_assignment
+from dora_lab.assignments.grade import grade
+from dora_lab.assignments.repair import LARGEST_FILE, repair
+from dora_lab.assignments.samples import answers, filled
+from dora_lab.assignments.student import personal, personal_number
+from dora_lab.assignments.table import Graded, write_grades
+
+NAME = "03_dora_from_scratch.ipynb"
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
+IDS = ("ada+lab@uni.edu", "O'Neil", DECOMPOSED, 'quoted "x"', "=1+1", "-7", "12/3".replace("/", "."), "Ada Lovelace")
+
+
+@pytest.fixture(scope="module")
+def chapter():
+    return cut(find_assignment("03"))
+
+
+@pytest.fixture
+def copy(chapter):
+    return nbformat.writes(student_copy(chapter))
+
+
+def put(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def stand_in(monkeypatch, chapter):
+    """Grading without nbgrader: every submission gets one point, unless `broken` says otherwise."""
+    course = grading.nbgrader_course
+    broken = {}
+
+    def step(name, value):
+        def run(*arguments):
+            if name in broken and any(broken[name][0] in str(argument) for argument in arguments):
+                raise broken[name][1]
+            return value
+
+        return run
+
+    def create(folder, *_):
+        folder.mkdir(parents=True, exist_ok=True)
+        return stubbed(chapter)
+
+    monkeypatch.setattr(course, "create", create)
+    monkeypatch.setattr(course, "autograde", step("autograde", ""))
+    monkeypatch.setattr(course, "points", step("points", ({"a03-start-test": 1.0}, False, False)))
+    monkeypatch.setattr(grading, "_troubles", lambda *_: [])
+    monkeypatch.setattr(grading, "_write_feedback", step("feedback", None))
+    return broken
+
+
+def rows_of(table):
+    return {row["student_id"]: row for row in csv.DictReader(table.open(newline=""))}
+
+
+# Links
+
+
+def test_links_are_not_followed_to_the_chapter_or_a_classmate(tmp_path, copy, stand_in):
+    submissions = tmp_path / "in"
+    put(submissions / "ada" / NAME, copy)
+    for student, target in (("eve", find_assignment("03").source), ("bob", submissions / "ada" / NAME)):
+        (submissions / student).mkdir()
+        (submissions / student / NAME).symlink_to(target)
+    (submissions / "carl.ipynb").symlink_to(submissions / "ada" / NAME)
+    (submissions / "dan").symlink_to(submissions / "ada")
+    put(submissions / "fay" / "mine.ipynb", copy)
+    (submissions / "fay" / NAME).symlink_to(submissions / "ada" / NAME)
+    found = {one.student: one for one in collect(submissions)}
+    assert {s for s, one in found.items() if "is a link, which is not followed" in one.problem} == {
+        *("eve", "bob", "carl", "dan"),
+    }
+    assert found["fay"].notebook.name == "mine.ipynb" and found["fay"].flags == (f"{NAME} is a link, not followed",)
+    rows = rows_of(grade(submissions, tmp_path / "out", report=lambda line: None))
+    assert rows["ada"]["score"] == rows["fay"]["score"] == "1"
+    for student in ("eve", "bob", "carl", "dan"):
+        assert rows[student]["score"] == "" and "not graded: what was handed in is a link" in rows[student]["flags"]
+
+
+def test_runs_that_are_a_link_are_not_handed_in(tmp_path, copy):
+    put(tmp_path / "ada" / "runs" / "mini" / "r" / "record.json", "{}")
+    for student in ("ada", "eve", "bob"):
+        put(tmp_path / student / "04_an_experiment.ipynb", copy)
+    (tmp_path / "eve" / "runs").symlink_to(tmp_path / "ada" / "runs")
+    (tmp_path / "bob" / "runs" / "mini").mkdir(parents=True)
+    (tmp_path / "bob" / "runs" / "mini" / "r").symlink_to(tmp_path / "ada" / "runs" / "mini" / "r")
+    found = {one.student: len(files_with(one, find_assignment("04"))) for one in collect(tmp_path)}
+    assert found == {"ada": 1, "eve": 0, "bob": 0}
+
+
+def test_what_archives_leave_is_no_submission(tmp_path, copy):
+    put(tmp_path / "ada" / "dora.ipynb", copy)
+    for litter in ("ada/._dora.ipynb", "ada/__MACOSX/._dora.ipynb", "__MACOSX/ada.ipynb", "._ada.ipynb"):
+        put(tmp_path / litter, "\0")
+    found = collect(tmp_path)
+    assert [(one.student, one.notebook.name) for one in found] == [("ada", "dora.ipynb")]
+    assert which_assignment(found).number == "03"
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, copy, stand_in):
+    put(tmp_path / "in" / "ada.ipynb", copy)
+    with (tmp_path / "in" / "eve.ipynb").open("wb") as file:
+        file.truncate(LARGEST_FILE + 1)
+    large = next(one for one in collect(tmp_path / "in") if one.student == "eve")
+    assert large.problem == "eve.ipynb has 30 MiB: at most 30 are read"
+    rows = rows_of(grade(tmp_path / "in", tmp_path / "out", report=lambda line: None))
+    assert (rows["ada"]["score"], rows["eve"]["score"]) == ("1", "") and "at most 30" in rows["eve"]["flags"]
+
+
+# Ids
+
+
+@pytest.mark.parametrize("student", IDS)
+def test_an_honest_id_of_any_kind_gets_its_own_numbers_and_no_flag(student, tmp_path, chapter):
+    """The student types the id as the folder has it; the numbers come out as the grader's."""
+    typed = student if '"' not in student else student.replace('"', '\\"')
+    handed = filled(chapter, typed, answers(chapter, student))
+    put(tmp_path / student / NAME, nbformat.writes(handed))
+    one = collect(tmp_path)[0]
+    assert one.student == unicodedata.normalize("NFC", student)
+    repaired, flags = repair(nbformat.read(one.notebook, as_version=4), stubbed(chapter), one.student)
+    assert flags == []
+    namespace = {}
+    for cell in repaired.cells:
+        if cell.cell_type == "code":
+            exec(cell.source, namespace)  # the typed-in numbers' test is among them
+    assert all(part.isprintable() and part not in "/\\'\"+= " for part in one.name)
+
+
+def test_an_id_counts_the_same_however_it_is_composed():
+    assert personal(COMPOSED, "x", 4).equal(personal(f" {DECOMPOSED} ", "x", 4))
+    assert personal_number(7, "x", 0, 10**6) == personal_number("7", "x", 0, 10**6)
+    assert personal_number("7", "x", 0, 10**6) != personal_number("8", "x", 0, 10**6)
+
+
+def test_the_table_has_the_ids_as_they_are_and_no_formulas(tmp_path, copy, stand_in):
+    for student in IDS:
+        put(tmp_path / "in" / student / NAME, copy)
+    rows = rows_of(grade(tmp_path / "in", tmp_path / "out", report=lambda line: None))
+    escaped = {f"'{student}" if student[0] in "=-" else unicodedata.normalize("NFC", student) for student in IDS}
+    assert set(rows) == escaped
+    assert {student: row["flags"] for student, row in rows.items() if row["score"] != "1"} == {}
+
+
+@pytest.mark.parametrize("pair", [("a b", "a_b"), (COMPOSED, DECOMPOSED), ("ada", "ada.ipynb")])
+def test_two_submissions_under_one_name_are_an_error_that_says_which(pair, tmp_path, copy):
+    for place in pair:
+        put(tmp_path / place if place.endswith("nb") else tmp_path / place / NAME, copy)
+    with pytest.raises(ValueError, match="would be graded under one name: rename or remove all but one"):
+        collect(tmp_path)
+
+
+# Failures
+
+
+def test_what_was_not_graded_has_no_score(tmp_path, chapter):
+    failed = Graded("ada", {}, False, ["a flag"], "not graded: stopped after 600 seconds", 600)
+    table = write_grades([failed], find_assignment("03"), stubbed(chapter), tmp_path / "grades.csv")
+    row = rows_of(table)["ada"]
+    assert {row[name] for name in ("score", "a03-start", "a03-forward", "a03-merge", "a03-numbers")} == {""}
+    assert row["max_score"] == "20" and row["flags"] == "not graded: stopped after 600 seconds; a flag"
+
+
+@pytest.mark.parametrize("step", ["autograde", "points", "feedback"])
+def test_a_step_that_fails_for_one_student_stops_no_other(step, tmp_path, copy, stand_in):
+    for student in ("ada", "bob", "eve"):
+        put(tmp_path / "in" / student / NAME, copy)
+    stand_in[step] = ("bob", sqlite3.OperationalError("database is locked"))
+    rows = rows_of(grade(tmp_path / "in", tmp_path / "out", report=lambda line: None))
+    assert rows["ada"]["score"] == rows["eve"]["score"] == "1"
+    assert "OperationalError: database is locked" in rows["bob"]["flags"]
+    assert rows["bob"]["score"] == ("1" if step == "feedback" else "")
+    stand_in.clear()
+    rows = rows_of(grade(tmp_path / "in", tmp_path / "out", report=lambda line: None))
+    assert rows["bob"]["score"] == "1" and "locked" not in rows["bob"]["flags"]
+
+
+def test_what_is_graded_stands_in_the_table_when_grading_is_interrupted(tmp_path, copy, stand_in):
+    for student in ("ada", "bob", "eve"):
+        put(tmp_path / "in" / student / NAME, copy)
+
+    def stop(line):
+        if line.startswith("[1/3]"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grade(tmp_path / "in", tmp_path / "out", jobs=1, report=stop)
+    rows = rows_of(tmp_path / "out" / "grades.csv")
+    assert rows["ada"]["score"] == "1" and rows["eve"]["score"] == ""
+    assert "grading was stopped before its turn" in rows["eve"]["flags"]
+
+
+def test_what_a_students_code_wrote_is_removed_when_it_is_graded(tmp_path, copy, stand_in, monkeypatch):
+    put(tmp_path / "in" / "ada" / NAME, copy)
+
+    def autograde(course, assignment, name, seconds):
+        put(grading.nbgrader_course.work_folder(course, name) / "submission-x" / "big", "x")
+        return "stopped after 600 seconds"
+
+    monkeypatch.setattr(grading.nbgrader_course, "autograde", autograde)
+    rows = rows_of(grade(tmp_path / "in", tmp_path / "out", report=lambda line: None))
+    assert "not graded: stopped after 600 seconds" in rows["ada"]["flags"]
+    assert list((tmp_path / "out" / "course" / "work").iterdir()) == []
