@@ -32,6 +32,13 @@ def test_results_are_those_of_the_results_table():
             assert line in README
 
 
+def test_what_the_report_only_names_is_on_its_pages():
+    pages = " ".join((PROJECT / "figures" / f"{name}.md").read_text() for name in ("ranks", "hybrids", "faults"))
+    section = README.split("### What the report only names")[1].split("###")[0]
+    said = [" ".join(item.split()) for item in section.split("\n- ")[1:]]
+    assert len(said) >= 6 and all(f"- {one}\n" in pages for one in said)
+
+
 def test_costs_are_those_of_the_recorded_benchmark():
     costs = pd.read_csv(PROJECT / "figures" / "costs.csv").set_index(["setting", "variant"])
     plain, dropout = Setting(8, 128).name, Setting(8, 128, dropout=0.05).name
