@@ -13,6 +13,8 @@ from dora_lab.assignments.isolation import Submission
 from dora_lab.assignments.repair import names_of, repair
 from dora_lab.assignments.samples import answers, filled
 
+pytestmark = pytest.mark.slow  # some minutes of small cases, each with a process of its own
+
 ANSWERS = {"01": assignment_01, "02": assignment_02, "03": assignment_03}
 FUNCTIONS = [(number, name) for number, module in ANSWERS.items() for name in module.RIGHT]
 STUDENT = "grace"

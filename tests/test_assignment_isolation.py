@@ -14,6 +14,8 @@ from dora_lab.assignments import fence, guard, isolation, sandbox
 from dora_lab.assignments.catalogue import find_assignment
 from dora_lab.assignments.isolation import Function, Submission, SubmissionError, TimeLimit, WorkerDied
 
+pytestmark = pytest.mark.slow  # some minutes of small cases, each with a process of its own
+
 needs_landlock = pytest.mark.skipif(not fence.version(), reason="this kernel has no Landlock")
 
 

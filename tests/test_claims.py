@@ -175,7 +175,10 @@ def test_the_page_counts_verdicts_and_has_a_row_a_claim(tmp_path):
     assert "- holds (2)" in page and "- depends (1)" in page and page.count("| x \\| y |") == 5
 
 
-@pytest.mark.parametrize("module", ["counts", "quotes", "mini_runs", "mini_faults"])
+@pytest.mark.parametrize(
+    "module",
+    ["counts", "quotes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mini_runs", "mini_faults"))],
+)
 def test_the_committed_page_is_what_the_tests_say_now(module):
     chosen = [claim for claim in CLAIMS if claim.test.startswith(module)]
     now = rows_of(claims_page(run_claims(chosen)), {claim.id for claim in chosen})
@@ -200,6 +203,7 @@ def test_the_command_writes_the_page(tmp_path):
     assert (tmp_path / "figures" / "claims.md").read_text().count("\n| ") == len(CLAIMS) + 2
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_the_committed_rows_of_the_reports_files_are_what_the_tests_say_now(report_cache):
     chosen = [claim for claim in CLAIMS if claim.test.startswith("report_runs")]

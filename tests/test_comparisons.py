@@ -215,6 +215,7 @@ def simulate(generator, seeds, items, seed_spread, experiments, resamples=400):
     return limits, accuracies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds, items, spread", [(1, 200, 0.0), (5, 200, 0.6), (3, 200, 1.0)])
 def test_bootstrap_over_seeds_and_items_covers(seeds, items, spread):
     """One pair of runs, and several seeds that differ by more than their questions' noise."""
