@@ -169,6 +169,7 @@ def test_equivalence_needs_both_limits_inside_the_margin():
         within(Interval(0, 0, 0), 0)
 
 
+@pytest.mark.slow
 def test_equivalence_is_two_one_sided_tests():
     generator = np.random.default_rng(3)
     a, b = generator.random((2, 1, 3000)) < 0.8

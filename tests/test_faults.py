@@ -243,6 +243,7 @@ def test_table_and_figure_hold_every_effect(tmp_path):
     assert drawn == pytest.approx([100 * one.change[method].estimate for one in found for method in ("lora", "dora")])
 
 
+@pytest.mark.slow
 def test_the_committed_table_is_what_the_recorded_runs_say():
     answers = read_answers()
     found = effects(answers)
