@@ -38,11 +38,10 @@ def geometry_correlations(rows: Sequence[Mapping]) -> pd.DataFrame:
     for method in _methods_of(frame):
         for module in [*sorted(frame["module"].unique()), "both"]:
             chosen = frame[(frame["method"] == method) & ((frame["module"] == module) | (module == "both"))]
-            groups = [group for _, group in chosen.groupby("seed")]
-            found = [_pearson(group) for group in groups]
-            found = [value for value in found if not math.isnan(value)]
+            found = list(_by_seed(chosen).values())
             interval = _fisher_interval(found)
-            row = {"method": method, "module": module, "seeds": len(found), "points": max(map(len, groups), default=0)}
+            points = max(chosen.groupby("seed").size(), default=0)
+            row = {"method": method, "module": module, "seeds": len(found), "points": points}
             row |= {"correlation": interval.estimate, "low": interval.low, "high": interval.high}
             paper = PAPER_CORRELATION.get(method, math.nan) if module == "q_proj" else math.nan
             out.append(row | {"paper_vl_bart": paper})
@@ -52,9 +51,7 @@ def geometry_correlations(rows: Sequence[Mapping]) -> pd.DataFrame:
 def correlations_by_seed(rows: Sequence[Mapping], method: str, module: str) -> dict[int, float]:
     """{seed: Pearson correlation of ΔD with ΔM} of one method and module; seeds that have none are left out."""
     frame = _geometry_frame(rows)
-    own = frame[(frame["method"] == method) & (frame["module"] == module)]
-    found = {int(seed): _pearson(group) for seed, group in own.groupby("seed")}
-    return {seed: value for seed, value in found.items() if not math.isnan(value)}
+    return _by_seed(frame[(frame["method"] == method) & (frame["module"] == module)])
 
 
 def geometry_scatter(rows: Sequence[Mapping]) -> Figure:
@@ -134,6 +131,11 @@ def _geometry_frame(rows: Sequence[Mapping]) -> pd.DataFrame:
 
 def _methods_of(frame: pd.DataFrame) -> list[str]:
     return [method for method in ("full", "lora", "dora", "dora-magnitude") if method in set(frame["method"])]
+
+
+def _by_seed(rows: pd.DataFrame) -> dict[int, float]:
+    found = {int(seed): _pearson(group) for seed, group in rows.groupby("seed")}
+    return {seed: value for seed, value in found.items() if not math.isnan(value)}
 
 
 def _pearson(group: pd.DataFrame) -> float:
