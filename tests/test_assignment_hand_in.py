@@ -1,8 +1,12 @@
 """What is handed in, whose it is, and what the table says when something goes wrong; nbgrader is stood in for."""
 
 import csv
+import gc
 import sqlite3
+import sys
+import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
@@ -12,7 +16,7 @@ from dora_lab.assignments.build import cut, stubbed, student_copy
 from dora_lab.assignments.catalogue import find_assignment
 from dora_lab.assignments.collect import collect, files_with, which_assignment
 from dora_lab.assignments.grade import grade
-from dora_lab.assignments.repair import LARGEST_FILE, repair
+from dora_lab.assignments.repair import LARGEST_FILE, names_of, repair
 from dora_lab.assignments.samples import answers, filled
 from dora_lab.assignments.student import personal, personal_number
 from dora_lab.assignments.table import Graded, write_grades
@@ -216,3 +220,35 @@ def test_what_a_students_code_wrote_is_removed_when_it_is_graded(tmp_path, copy,
     rows = rows_of(grade(tmp_path / "in", tmp_path / "out", report=lambda line: None))
     assert "not graded: stopped after 600 seconds" in rows["ada"]["flags"]
     assert list((tmp_path / "out" / "course" / "work").iterdir()) == []
+
+
+class Yields:
+    """A cycle whose collection, wherever it comes, lets another thread in."""
+
+    def __init__(self):
+        self.own = self
+
+    def __del__(self):
+        time.sleep(0)
+
+
+def test_submissions_are_parsed_side_by_side():
+    """Python 3.11 raises SystemError when two threads build syntax trees at once (cpython#106905)."""
+    source = "\n".join(f"def f{i}(a, b):\n    return [x + {i} for x in (a, b, (1, (2, a)))]" for i in range(30))
+    cell = nbformat.v4.new_code_cell(source)
+
+    def names(_):
+        Yields()
+        return len(names_of(cell))
+
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.freeze()  # what was there before makes collections slow
+    gc.set_threshold(50)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            assert set(pool.map(names, range(300))) == {30}
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*threshold)
+        gc.unfreeze()

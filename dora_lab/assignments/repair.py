@@ -6,6 +6,7 @@ cells of the student's own, is taken from the submission. Everything that had to
 
 import ast
 import re
+import threading
 import unicodedata
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nbformat import NotebookNode
 from dora_lab.assignments.build import HIDDEN, marking
 
 LARGEST_FILE = 30 * 2**20
+PARSING = threading.Lock()  # submissions are repaired side by side
 ROLE = "course"  # metadata of a repaired cell, read by `execute`: {"run": "both" | "test" | "submission", "names": […]}
 
 
@@ -140,11 +142,19 @@ def names_of(cell: NotebookNode) -> list[str]:
 
 def _defined(source: str) -> set[str]:
     try:
-        tree = ast.parse(source)
+        tree = _parsed(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return set()
     names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     return names | {name for node in tree.body for name in _assigned(node) or ()}
+
+
+def _parsed(source: str, mode: str = "exec") -> ast.Module | ast.Expression:
+    """`ast.parse`, one thread at a time: Python 3.11 counts the depth of a tree for all threads together, and raises
+    SystemError when another one parses between (cpython#106905).
+    """
+    with PARSING:
+        return ast.parse(source, mode=mode)
 
 
 def _assigned(node: ast.stmt) -> list[str] | None:
@@ -176,7 +186,7 @@ def _take_answer(cell: NotebookNode, theirs: NotebookNode | None, flags: list[st
 def _is_literal(source: str) -> bool:
     """Whether a cell holds nothing but assignments of literal values (or the stub's `...`)."""
     try:
-        for node in ast.parse(source).body:
+        for node in _parsed(source).body:
             if _assigned(node) is None or node.value is None:
                 return False
             ast.literal_eval(node.value)
@@ -198,7 +208,7 @@ def _said_id(source: str) -> str:
     """The student id that a parameters cell gives, as `collect` has ids; "" if it gives none."""
     for line in re.findall(r"^student_id\s*=\s*(.+)$", source, re.M):
         try:
-            value = ast.literal_eval(line)
+            value = ast.literal_eval(_parsed(line.strip(), "eval"))
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             continue
         if isinstance(value, str | int):
