@@ -204,6 +204,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::nbformat.warnings.DuplicateCellId")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_mended_from_the_release_and_flagged(damage, notebooks):
     change, expected = DAMAGE[damage]

@@ -20,6 +20,8 @@ from dora_lab.profiles import load_profile
 from dora_lab.specs import RunSpec
 from dora_lab.tasks import TASKS, task
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is taken on trust")
+
 COMMAND = str(Path(sys.executable).with_name("dora-lab"))
 NOWHERE = "http://127.0.0.1:9/"  # the discard port: no one listens
 BOOLQ, PIQA = "dataset/boolq/test.json", "dataset/piqa/test.json"
