@@ -14,6 +14,7 @@ worth nothing but must be paid for; parts do not help or hinder each other, thou
 update adds along W0 (a few percent of its gain). `shuffled` is the control for all of it.
 """
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,10 +28,8 @@ from dora_lab.models import answer_loss, load_model, load_tokenizer
 from dora_lab.specs import RunSpec
 
 UPDATE, MAGNITUDE = "update", "magnitude"
-BATCHES, DRAWS = (
-    8,
-    (0, 1, 2),
-)  # of training examples, and of A, that a choice rests on; twice the batches change nothing
+# Batches of training examples, and draws of A, that a choice rests on; twice the batches change nothing.
+BATCHES, DRAWS = 8, (0, 1, 2)
 METHOD_OF = {
     frozenset(): "frozen",
     frozenset({MAGNITUDE}): "dora-magnitude",
@@ -65,7 +64,7 @@ def measure_parts(
     DoRA is attached to `model`, with A drawn from `seed`, and its gradient added up over the batches; nothing is
     trained, and the adapters stay attached. batches: as `trainer.collate` makes them, with labels. The gain of an
     update depends on the draw of A: average over several with `pooled`.
-    Raises ValueError for a config of another method than dora, or no labelled token.
+    Raises ValueError for a config of another method than dora, no labelled token, or a gain that is not finite.
     """
     if config.method != "dora" or config.method_pattern or config.initialisation != "kaiming":
         raise ValueError("gains are measured with method dora on every target, B = 0: leave method_pattern out")
@@ -84,6 +83,9 @@ def measure_parts(
         parts.append(Part(name, UPDATE, sum(p.numel() for p in update), gain))
         gain = float(module.magnitude.grad.abs().sum()) / labelled
         parts.append(Part(name, MAGNITUDE, module.magnitude.numel(), gain))
+    for part in parts:
+        if not math.isfinite(part.gain):
+            raise ValueError(f"the gain of {part.module}'s {part.kind} is {part.gain}: load the base in float32")
     return parts
 
 
@@ -111,11 +113,14 @@ def measure_run(spec: RunSpec, batches: int = BATCHES, draws: Sequence[int] = DR
 def pooled(measured: Sequence[Sequence[Part]]) -> list[Part]:
     """One list from those of several tasks or draws of A: each part's share of its list's total gain, averaged.
 
-    For a choice that has to serve all of them. Raises ValueError if the lists are not of the same parts.
+    For a choice that has to serve all of them. Raises ValueError if the lists are not of the same parts, or one has no
+    gain at all.
     """
     if len({tuple((p.module, p.kind, p.parameters) for p in parts) for parts in measured}) != 1:
         raise ValueError("the lists are not of the same parts: measure them on the same model with the same config")
     totals = [sum(part.gain for part in parts) for parts in measured]
+    if not all(totals):
+        raise ValueError("the parts of a list have no gain: its batches give no gradient, take others")
     return [
         replace(same[0], gain=sum(p.gain / total for p, total in zip(same, totals, strict=True)) / len(totals))
         for same in zip(*measured, strict=True)

@@ -47,6 +47,12 @@ def weight_of(base: nn.Module) -> Tensor:
     return weight
 
 
+def replace_weight(base: nn.Module, weight: Tensor) -> None:
+    """Give a Linear or Conv1D a parameter of its own that holds `weight` (out, in); who shared the old one keeps it."""
+    stored = weight.T.contiguous() if type(base).__name__ == "Conv1D" else weight
+    base.weight = nn.Parameter(stored, requires_grad=base.weight.requires_grad)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether the layer can be adapted: nn.Linear (bitsandbytes' layers are some) or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

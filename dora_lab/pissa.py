@@ -15,7 +15,7 @@ for DoRA as well, since m and the norm are those of the same matrix: that is how
 import torch
 from torch import Tensor, nn
 
-from dora_lab.kernels import features_of, weight_of
+from dora_lab.kernels import features_of, replace_weight, weight_of
 
 
 def principal_pair(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -32,13 +32,12 @@ def principal_pair(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, T
 def split_weight(base: nn.Module, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """Take the `rank` largest singular triples out of `base`, which keeps W_res in its own precision; returns (A, B).
 
-    The layer gets a new parameter: a weight that is shared with another layer stays whole there.
+    A weight that is shared with another layer stays whole there.
     """
     weight = weight_of(base)  # (out, in)
     lora_A, lora_B = principal_pair(weight, rank, scaling)
     residual = (weight.to(lora_A.dtype) - scaling * (lora_B @ lora_A)).to(weight.dtype)  # (out, in)
-    kept = residual.T.contiguous() if type(base).__name__ == "Conv1D" else residual
-    base.weight = nn.Parameter(kept, requires_grad=base.weight.requires_grad)
+    replace_weight(base, residual)
     return lora_A, lora_B
 
 

@@ -53,12 +53,13 @@ def gradient_spectra(
     """
     weights = _trainable_weights(model, target_modules)
     with _frozen_but(model, weights.values()):
+        gradients = [torch.zeros_like(weight) for weight in weights.values()]
         for batch in batches:
-            (_loss(model, batch) / len(batches)).backward()
-        spectra = {name: singular_values(weight.grad, components) for name, weight in weights.items()}
-        for weight in weights.values():
-            weight.grad = None
-    return spectra
+            loss = _loss(model, batch) / len(batches)
+            own = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)  # not into .grad: that is
+            for total, gradient in zip(gradients, own, strict=True):  # the caller's
+                total += gradient
+    return {name: singular_values(total, components) for name, total in zip(weights, gradients, strict=True)}
 
 
 @torch.no_grad()
@@ -104,11 +105,12 @@ def update_spectra(
 ) -> dict[str, Tensor]:
     """Singular values of ΔW after a short training of the whole target weights: AdamW, a step a batch.
 
-    The training is what an adapter stands in for: the same modules, at full rank. It runs on a copy of the model.
+    The training is what an adapter stands in for: the same modules, at full rank. It runs on a copy of the model in
+    float32: in 16 bits the weights round most of so small a step away.
     components: so many of each, by randomised SVD; all if left out.
     """
     before = {name: weight.detach().clone() for name, weight in _trainable_weights(model, target_modules).items()}
-    trained = copy.deepcopy(model)
+    trained = copy.deepcopy(model).float()
     weights = _trainable_weights(trained, target_modules)
     with _frozen_but(trained, weights.values()):
         optimizer = torch.optim.AdamW(weights.values(), lr=learning_rate, weight_decay=0.0)
@@ -117,12 +119,17 @@ def update_spectra(
             torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    after = {name: weight.detach() for name, weight in weights.items()}
+    after = {name: weight.detach() for name, weight in weights.items()}  # float32, as the difference is
     return difference_spectra(before, after, components)
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the labelled tokens. Causal attention needs no mask for padding on the right."""
+    """Mean cross-entropy over the labelled tokens. Causal attention needs no mask for padding on the right.
+
+    Raises ValueError for a batch without any.
+    """
+    if not (batch["labels"] >= 0).any():
+        raise ValueError("no labelled token in a batch: give examples with answers, cut behind them")
     device = next(model.parameters()).device
     ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
     return model(input_ids=ids, labels=labels, use_cache=False).loss

@@ -38,20 +38,27 @@ def as_map(values: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
     return columns, grid
 
 
-def rank_maps(maps: Mapping[str, Mapping[str, float]], title: str, form: str = "{:.0f}") -> Figure:
-    """A panel for every entry of `maps`, {title: {module: value}}: layers down, modules across, the number in each."""
+def rank_maps(
+    maps: Mapping[str, Mapping[str, float]], title: str, form: str = "{:.0f}", one_scale: bool = True
+) -> Figure:
+    """A panel for every entry of `maps`, {title: {module: value}}: layers down, modules across, the number in each.
+
+    one_scale: whether a colour means the same in all panels; not for panels of different quantities.
+    """
     grids = {name: as_map(values) for name, values in maps.items()}
-    low, high = (
-        reach(np.nanmin(g) if reach is min else np.nanmax(g) for _, g in grids.values()) for reach in (min, max)
-    )
+    limits = {name: (np.nanmin(grid), np.nanmax(grid)) for name, (_, grid) in grids.items()}
+    if one_scale:
+        shared = min(low for low, _ in limits.values()), max(high for _, high in limits.values())
+        limits = dict.fromkeys(grids, shared)
+    layers = max(len(grid) for _, grid in grids.values())
     across = min(4, len(grids))
     down = -(-len(grids) // across)
     with matplotlib.rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(2.7 * across + 0.4, 2.6 * down + 0.5), layout="constrained")
+        figure = Figure(figsize=(2.7 * across + 0.4, (0.3 * layers + 0.8) * down + 0.5), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
         for axes, (name, (columns, grid)) in zip(panels, grids.items(), strict=False):
-            _map(axes, columns, grid, (low, high), form)
+            _map(axes, columns, grid, limits[name], form)
             axes.set_title(name, fontsize=9)
         for axes in panels[len(grids) :]:
             axes.set_visible(False)

@@ -50,7 +50,8 @@ Cells = Mapping[tuple[str, str, int], Cell]  # (task, criterion, rank of the uni
 def read_cells(sources: Iterable[tuple[Profile, Path]], method: str = "dora") -> dict[tuple[str, str, int], Cell]:
     """The cells of the runs that each profile gives now, of those in the runs folder beside it; earlier ones first.
 
-    The plain runs of the profile that a study extends are its uniform ones: the same run ids but for the variant.
+    The plain runs of the profile that a study extends are its uniform ones: the same run ids but for the variant. Those
+    of other seeds than the study's own runs of the task are left out, so that one table has one set of seeds.
     """
     found: dict[tuple[str, str, int], dict] = defaultdict(dict)
     for profile, runs_dir in sources:
@@ -58,6 +59,12 @@ def read_cells(sources: Iterable[tuple[Profile, Path]], method: str = "dora") ->
             of = criterion_of(record.spec)
             if record.spec.method == method and record.spec.split == "test" and of is not None:
                 found[record.spec.task, *of].setdefault(record.spec.seed, (record, run_folder(runs_dir, record.spec)))
+    studied = defaultdict(set)
+    for (task, criterion, _), own in found.items():
+        studied[task] |= own.keys() if criterion != "uniform" else set()
+    for (task, _, _), own in found.items():
+        for seed in own.keys() - studied[task] if studied[task] else ():
+            del own[seed]
     return {
         key: Cell(
             next(record.result.trainable_parameters for record, _ in own.values()),
@@ -65,6 +72,7 @@ def read_cells(sources: Iterable[tuple[Profile, Path]], method: str = "dora") ->
             {seed: correct_by_id(read_predictions(folder)) for seed, (_, folder) in sorted(own.items())},
         )
         for key, own in found.items()
+        if own
     }
 
 

@@ -30,7 +30,9 @@ def training_batches(profile: Profile, tokenizer, count: int) -> list[dict[str, 
     for task in profile.tasks:
         examples = load_examples(profile.data, task, "train", profile.train_examples, profile.validation_examples)
         cutoff = None if profile.cutoff_tokens == "auto" else profile.cutoff_tokens
-        rows += tokenized(tokenizer, examples, profile.prompt, profile.append_eos, cutoff)[0].to_list()
+        rows += tokenized(
+            tokenizer, examples, profile.prompt, profile.append_eos, cutoff, profile.train_on_prompt, profile.cut
+        )[0].to_list()
     random.Random(0).shuffle(rows)
     size = profile.batch_size
     if count * size > len(rows):

@@ -13,6 +13,7 @@ at its end. alpha / rank is the same in every module, so that a component is sca
 
 import bisect
 import heapq
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,8 +80,12 @@ def allocate_ranks(
     EVA takes the largest shares whatever they cost; here a share counts for each parameter, as the budget is one of
     parameters. The three measured criteria need `batches` (input_ids and labels, as `probes` says) or the `spectra`
     that a probe gave for the same modules.
-    Controls keep to modules of equal cost: dealt across, the same ranks would take another number of parameters.
-    Raises ValueError for an unknown criterion, a budget that does not give rank 1 everywhere, or a missing argument.
+    Controls keep to modules of equal cost: dealt across, the same ranks would take another number of parameters. So
+    they test where a rank goes among modules of one size, and leave how much each size has as it was.
+    σ² is in the units of what is measured, and a share is not: `update_spectrum` and `gradient_spectrum` also compare
+    modules by how large the whole is, `explained_variance` only by how fast it falls.
+    Raises ValueError for an unknown criterion, a budget that does not give rank 1 everywhere, values that are no finite
+    numbers, a missing argument, or ranks in `of` that cost more than the budget.
     """
     linears = target_linears(model, target_modules)
     shapes = {name: features_of(linear) for name, linear in linears.items()}
@@ -93,6 +98,12 @@ def allocate_ranks(
             raise ValueError(f"criterion {criterion!r} deals ranks anew: give an allocation of this model as `of`")
         ranks = of.rank_pattern
         ranks = shuffled_ranks(shapes, ranks, seed) if criterion == "shuffled" else reversed_ranks(shapes, ranks)
+        cost = adapter_parameters(shapes, ranks, method)
+        if cost > budget:
+            raise ValueError(
+                f"the ranks to deal anew cost {cost} parameters with {method}, more than the budget of {budget}: they "
+                f"were allocated within {of.budget}; give that budget and method"
+            )
     elif criterion in MEASURES:
         if spectra is None:
             if not batches:
@@ -105,8 +116,14 @@ def allocate_ranks(
         score = stable_rank if criterion == "stable_rank" else effective_rank
         scores = {name: score(singular_values(weight_of(linear))) for name, linear in linears.items()}
         ranks = proportional_ranks(shapes, budget, scores, method)
+    ranks = _longest_first(ranks)
     alphas = {name: scaling * rank for name, rank in ranks.items()}
-    return RankAllocation(criterion, dict(ranks), alphas, adapter_parameters(shapes, ranks, method), budget)
+    return RankAllocation(criterion, ranks, alphas, adapter_parameters(shapes, ranks, method), budget)
+
+
+def _longest_first(ranks: Mapping[str, int]) -> dict[str, int]:
+    """In the model's order, but a name that ends another (`0` ends `1.0`) after it: the first key that fits counts."""
+    return dict(sorted(ranks.items(), key=lambda item: -item[0].count(".")))
 
 
 def component_values(spectra: Mapping[str, Tensor], criterion: str) -> dict[str, list[float]]:
@@ -240,9 +257,15 @@ def _spent(shapes: Shapes, budget: int, ranks: dict[str, int], order: Sequence[s
 
 
 def _check(shapes: Shapes, budget: int, method: str, of_modules: Mapping) -> None:
+    """Raise ValueError for scores or values that ranks cannot be made of, or a budget below rank 1."""
     missing = sorted(shapes.keys() ^ of_modules.keys())
     if missing:
         raise ValueError(f"modules and scores are not of the same modules: {missing[:3]} stand in one only")
+    for name, scores in of_modules.items():
+        if not all(
+            math.isfinite(score) and score >= 0 for score in (scores if isinstance(scores, Iterable) else [scores])
+        ):
+            raise ValueError(f"module {name} has a score that is no finite number of at least 0: measure it again")
     least = uniform_budget(shapes, 1, method)
     if budget < least:
         raise ValueError(

@@ -8,6 +8,7 @@ The second is Roy and Vetterli's ("The effective rank", EUSIPCO 2007). For k equ
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -130,13 +131,21 @@ def write_spectra(
 ) -> list[Row]:
     """The row of every target module of a checkpoint, written to the CSV file `out` as it comes. Resumes from `out`.
 
-    Raises what `weight_files` raises, and ValueError where `out` is of another checkpoint or no such file.
+    What is there already is compared with the checkpoint by its first row, computed again. Raises what `weight_files`
+    raises, and ValueError where `out` is of another checkpoint or no such file.
     """
     out, files = Path(out), weight_files(folder, target_modules)
+    _drop_unfinished_line(out)
     rows = read_spectra(out) if out.exists() else []
     strange = [row.module for row in rows if row.module not in files]
     if strange:
         raise ValueError(f"{out} has {strange[0]}, which {folder} has not: delete it, or write to another file")
+    if rows:
+        again = spectrum_row(rows[0].module, load_weight(files[rows[0].module], rows[0].module))
+        if not all(
+            math.isclose(a, b, rel_tol=1e-6) for a, b in zip(astuple(again)[1:], astuple(rows[0])[1:], strict=True)
+        ):
+            raise ValueError(f"{out} is of another checkpoint than {folder}: delete it, or write to another file")
     done = {row.module for row in rows}
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", newline="") as file:
@@ -156,6 +165,12 @@ def write_spectra(
                 f"{row.effective_rank:.1f} of {min(row.out_features, row.in_features)}"
             )
     return rows
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """What an interruption left of a row goes: it would be read as a whole one."""
+    if path.is_file() and not (text := path.read_bytes()).endswith(b"\n"):
+        path.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
 def read_spectra(path: Path) -> list[Row]:

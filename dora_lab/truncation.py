@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dora_lab.adapters import adapted_modules
 from dora_lab.checkpoint import load_adapter
-from dora_lab.kernels import weight_of
+from dora_lab.kernels import replace_weight, weight_of
 from dora_lab.models import load_model
 from dora_lab.probes import target_linears
 from dora_lab.records import run_folder
@@ -45,7 +45,8 @@ def run_update(spec: RunSpec, runs_dir: Path) -> Update:
         trained = target_linears(load_model(str(saved), spec.dtype), spec.target_modules)
         return decompose(before, {name: weight_of(linear) for name, linear in trained.items()})
     load_adapter(model, saved)
-    return decompose(before, {name: module.effective_weight() for name, module in adapted_modules(model).items()})
+    moved = {name: module.effective_weight() for name, module in adapted_modules(model).items()}
+    return decompose(before, before | moved)  # a target that is frozen has no adapter, and no update
 
 
 def threshold_of(update: Update, total: int) -> float:
@@ -62,15 +63,22 @@ def kept_ranks(update: Update, threshold: float) -> dict[str, int]:
 @contextmanager
 @torch.no_grad()
 def truncated(model: nn.Module, update: Update, threshold: float, target_modules: Sequence[str]) -> Iterator[None]:
-    """The base `model` with what reaches the threshold of `update` added to its weights, for as long as it lasts."""
+    """The base `model` with what reaches the threshold of `update` added to its weights, for as long as it lasts.
+
+    Raises ValueError for a quantised base, whose weights would be rounded anew.
+    """
     linears = target_linears(model, target_modules)
-    before = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    for name, linear in linears.items():
+        if not linear.weight.is_floating_point():
+            raise ValueError(f"module {name} is quantised: load the base in 16 or 32 bits to add an update to it")
+    before = {name: linear.weight for name, linear in linears.items()}
     try:
         for name, linear in linears.items():
             U, values, Vt = update[name]
             rank = int((values >= threshold).sum())
-            linear.weight += ((U[:, :rank] * values[:rank]) @ Vt[:rank]).to(linear.weight.dtype)  # (out, in)
+            kept = (U[:, :rank] * values[:rank]) @ Vt[:rank]  # (out, in)
+            replace_weight(linear, weight_of(linear) + kept.to(linear.weight.dtype))
         yield
     finally:
         for name, linear in linears.items():
-            linear.weight.copy_(before[name])
+            linear.weight = before[name]

@@ -207,6 +207,18 @@ def test_cells_are_read_from_the_runs_of_the_study_and_of_the_profile_it_extends
             assert sum(answers.values()) / len(answers) == pytest.approx(own.accuracy[seed])
 
 
+def test_uniform_runs_of_other_seeds_than_the_studys_are_left_out(study):
+    """So that no mean of the table is of other seeds than what it is compared with."""
+    alone, beside = (
+        read_cells([(load_profile("mini"), RECORDED)]),
+        read_cells([(study, RECORDED), (load_profile("mini"), RECORDED)]),
+    )
+    assert len(alone["boolq", "uniform", 2].accuracy) > 3
+    for task in study.tasks:
+        seeds = {tuple(own.accuracy) for (of, _, _), own in beside.items() if of == task}
+        assert seeds == {(0, 1, 2)}
+
+
 def test_recorded_runs_trained_what_their_budget_allows(study):
     cells = read_cells([(study, RECORDED)])
     uniform = read_cells([(load_profile("mini"), RECORDED)])
@@ -240,6 +252,12 @@ def test_a_map_has_layers_down_and_modules_across():
     assert "to 5, mean over layers q 4.0, up 2.0" in rank_maps_alt({"one": values}, "Ranks")
     texts = {text.get_text() for text in rank_maps({"one": values, "two": values}, "Ranks").axes[0].texts}
     assert texts == {"3", "5", "2"}
+    tenfold = {"one": values, "two": {name: 10 * value for name, value in values.items()}}
+    for one_scale, same in ((True, True), (False, False)):
+        one, two = (axes.images[0].get_clim() for axes in rank_maps(tenfold, "Ranks", one_scale=one_scale).axes)
+        assert (one == two) == same
+    deep = {f"h.{layer}.q_proj": layer for layer in range(32)}
+    assert rank_maps({"deep": deep}, "Ranks").get_figheight() > 9  # a line of text for every layer
     with pytest.raises(ValueError, match="'lm_head' is in no numbered layer"):
         as_map({"lm_head": 3})
 

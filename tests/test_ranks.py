@@ -247,12 +247,35 @@ def test_wrong_requests_are_answered(tiny, shapes, batches):
         asked("shuffled")
     with pytest.raises(ValueError, match="'reversed' deals ranks anew"):
         asked("reversed", of=asked("uniform"), target_modules=("q_proj",))
+    with pytest.raises(ValueError, match="ranks to deal anew cost .* with dora, more than the budget of"):
+        asked("shuffled", of=allocate_ranks(tiny[0], 2 * budget, "uniform", target_modules=TARGETS))
+    with pytest.raises(ValueError, match="ranks to deal anew cost .* with dora, more than the budget of"):
+        asked("reversed", of=allocate_ranks(tiny[0], 2 * budget, "uniform", target_modules=TARGETS, method="lora"))
+    for wrong in (float("nan"), float("inf"), -1.0):
+        spectra = {name: torch.tensor([1.0, wrong]) for name in shapes}
+        if wrong != -1.0:  # squared, it is as good as 1
+            with pytest.raises(ValueError, match="q_proj has a score that is no finite number"):
+                asked("update_spectrum", spectra=spectra)
+        with pytest.raises(ValueError, match="q_proj has a score that is no finite number"):
+            proportional_ranks(shapes, budget, dict.fromkeys(shapes, wrong))
     with pytest.raises(ValueError, match="target module 'w_proj' is not in the model"):
         asked("uniform", target_modules=("w_proj",))
     with pytest.raises(ValueError, match="only linear layers have ranks"):
         asked("uniform", target_modules=("mlp",))
     with pytest.raises(ValueError, match="rank_pattern names 'layers.0.q_proj', which is not among the target"):
         attach(copy.deepcopy(tiny[0]), AdapterConfig("dora", 2, 4.0, rank_pattern={"layers.0.q_proj": 3}))
+
+
+def test_a_name_that_ends_another_comes_after_it():
+    """The first key that fits a module's name counts, here and in PEFT: `0` fits `1.0` too."""
+    inner = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), inner)
+    spectra = {"0": torch.arange(8.0, 0, -1), "1.0": torch.tensor([1e-3])}
+    own = allocate_ranks(model, 131, "update_spectrum", target_modules=["0"], spectra=spectra)
+    assert list(own.rank_pattern) == ["1.0", "0"] and own.rank_pattern["0"] > own.rank_pattern["1.0"]
+    patterns = {"rank_pattern": own.rank_pattern, "alpha_pattern": own.alpha_pattern}
+    config = AdapterConfig("dora", 1, 2.0, target_modules=("0",), **patterns)
+    assert trainable_parameters(attach(copy.deepcopy(model), config))[0] == own.trainable_parameters <= own.budget
 
 
 # --- the probes ---
@@ -272,10 +295,30 @@ def test_a_probe_leaves_the_model_as_it_was(tiny, batches, probe):
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("probe", list(MEASURES.values()), ids=list(MEASURES))
+def test_a_batch_without_labels_is_refused(tiny, batches, probe):
+    empty = batches[0] | {"labels": torch.full_like(batches[0]["labels"], -100)}
+    with pytest.raises(ValueError, match="no labelled token in a batch"):
+        probe(tiny[0], [batches[0], empty], TARGETS)
+
+
+def test_the_short_update_of_a_base_in_16_bits_is_not_rounded_away(tiny, batches):
+    low = copy.deepcopy(tiny[0]).bfloat16()
+    wide = copy.deepcopy(low).float()
+    one, other = (update_spectra(model, batches, TARGETS, learning_rate=1e-5) for model in (low, wide))
+    for name, values in one.items():
+        torch.testing.assert_close(values, other[name])
+    assert next(low.parameters()).dtype == torch.bfloat16
+
+
 def test_gradients_are_autograds_mean_over_batches(tiny, batches):
+    """Also of a model that has gradients of its own, which stay."""
     model = copy.deepcopy(tiny[0]).eval()
     torch.stack([model(**batch).loss for batch in batches]).mean().backward()
-    for name, values in gradient_spectra(tiny[0], batches, TARGETS).items():
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    found = gradient_spectra(model, batches, TARGETS)
+    assert all(torch.equal(parameter.grad, before[name]) for name, parameter in model.named_parameters())
+    for name, values in found.items():
         expected = singular_values(model.get_submodule(name).weight.grad)
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6 * expected[0].item())
 

@@ -120,11 +120,12 @@ def test_spectra_that_were_interrupted_go_on(sharded, tmp_path):
     folder, _ = sharded
     whole = write_spectra(folder, tmp_path / "out.csv", ["q_proj"], lambda _: None)
     lines = (tmp_path / "out.csv").read_text().splitlines(keepends=True)
-    (tmp_path / "out.csv").write_text("".join(lines[:5]))
-    said = []
-    assert write_spectra(folder, tmp_path / "out.csv", ["q_proj"], said.append) == whole
-    assert len(said) == len(whole) - 4
-    assert "".join(lines) == (tmp_path / "out.csv").read_text()
+    for left in ("".join(lines[:5]), "".join(lines[:5]) + lines[5][:-3], lines[0][:10]):  # the last row cut short
+        (tmp_path / "out.csv").write_text(left)
+        said = []
+        assert write_spectra(folder, tmp_path / "out.csv", ["q_proj"], said.append) == whole
+        assert len(said) == len(whole) - max(0, left.count("\n") - 1)
+        assert "".join(lines) == (tmp_path / "out.csv").read_text()
 
 
 def test_files_that_do_not_serve_are_named(sharded, tmp_path):
@@ -149,6 +150,9 @@ def test_another_models_or_a_damaged_file_of_spectra_is_not_gone_on_with(sharded
     write_spectra(tmp_path, tmp_path / "out.csv", ["q_proj"], lambda _: None)
     with pytest.raises(ValueError, match="out.csv has other.q_proj, which .* has not"):
         write_spectra(folder, tmp_path / "out.csv", ["q_proj"], lambda _: None)
+    save_file({"other.q_proj.weight": torch.diag(torch.tensor([2.0, 1, 1, 1]))}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="out.csv is of another checkpoint than"):  # of the same names
+        write_spectra(tmp_path, tmp_path / "out.csv", ["q_proj"], lambda _: None)
     (tmp_path / "out.csv").write_text("module,stable_rank\nother.q_proj,much\n")
     with pytest.raises(ValueError, match="out.csv is no file of spectra, or damaged"):
         read_spectra(tmp_path / "out.csv")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from dora_lab.adapters import adapted_modules
 from dora_lab.checkpoint import load_adapter
@@ -56,6 +57,29 @@ def test_the_update_of_lora_has_its_rank_and_that_of_dora_has_not(tiny_spec, tmp
         ranks[method] = kept_ranks(run_update(spec, tmp_path), 1e-6)
     assert set(ranks["lora"].values()) == {2}
     assert all(rank > 2 for rank in ranks["dora"].values())
+
+
+def test_a_frozen_target_has_no_update(tiny_spec, tmp_path):
+    spec = tiny_spec("boolq", "dora", method_pattern={"layers.0.self_attn.q_proj": "frozen"}, geometry=False)
+    finetune(spec, tmp_path, progress=False)
+    ranks = kept_ranks(run_update(spec, tmp_path), 1e-6)
+    assert [name for name, rank in ranks.items() if rank == 0] == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_an_update_is_added_the_right_way_round_and_to_no_layer_that_shares_the_weight():
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(6, 6), "proj": Conv1D(6, 6)})
+    model["embed"].weight = model["proj"].weight
+    before, update = model["proj"].weight.detach().clone(), torch.randn(6, 6)  # (in, out), (out, in)
+    with truncated(model, decompose({"proj": torch.zeros(6, 6)}, {"proj": update}), 0.0, ["proj"]):
+        torch.testing.assert_close(model["proj"].weight, before + update.T)
+        assert torch.equal(model["embed"].weight, before)
+    assert model["embed"].weight is model["proj"].weight and torch.equal(model["proj"].weight, before)
+    model["proj"].weight = torch.nn.Parameter(before.to(torch.int8), requires_grad=False)
+    with (
+        pytest.raises(ValueError, match="proj is quantised: load the base in 16 or 32 bits"),
+        truncated(model, {}, 0.0, ["proj"]),
+    ):
+        pass
 
 
 def test_a_recorded_run_without_its_adapter_says_what_to_do(tiny_spec, tmp_path):
