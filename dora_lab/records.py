@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import platform
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -113,6 +114,17 @@ def read_records(profile_folder: Path) -> tuple[list[RunRecord], list[str]]:
         )
     )
     return records, damaged
+
+
+def made_on(records: Iterable[RunRecord]) -> str:
+    """How many runs, on which days (UTC), on what, with which versions: what stands beside a figure of them."""
+    known = [record.environment for record in records]
+    if not known:
+        return "no runs"
+    days = sorted({one["date"][:10] for one in known})
+    found = {f"torch {one['versions']['torch']}, transformers {one['versions']['transformers']}" for one in known}
+    parts = [" to ".join(dict.fromkeys((days[0], days[-1]))), *sorted({one["device"] for one in known}), *sorted(found)]
+    return f"{len(known)} run{'s' * (len(known) > 1)}, {', '.join(parts)}"
 
 
 def write_failure(folder: Path, spec: RunSpec, error: str) -> None:

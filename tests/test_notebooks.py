@@ -56,8 +56,8 @@ SEEN = {
     "04": [r"largest change of a logit: 0\.0\b", r"of 9 percentages round to the printed ones"],
     "05": [r"unparsed", r"questions with two different answers"],
     "06": [r"tasks: True", r"tokenizer: True", r"without its question: \d\d\.\d %"],
-    "08": [r"DoRA minus LoRA on BoolQ: [+-]\d"],
-    "09": [r"dora  here [+-]\d\.\d\d, paper -0\.31"],
+    "08": [r"DoRA minus LoRA on BoolQ: [+-]\d", r"recorded, not computed here: \d+ runs, 20\d\d-\d\d-\d\d"],
+    "09": [r"dora  here [+-]\d\.\d\d, paper -0\.31", r"recorded, not computed here: \d+ runs, 20"],
     "10": [r"after step 3: 3 norms a layer", r"recorded, not computed here"],
     "11": [r"total +\d+\.\d\d GB", r"fits on 40 GB up to \d+ tokens", r"need [\d,]+ tokens a second:"],
     "12": [
@@ -68,13 +68,15 @@ SEEN = {
     ],
     "13": [
         r"stable_rank +[\d,]+ parameters, .*: True",
+        r"mini-ranks, recorded, not computed here: \d+ runs, 20",
         r"update spectrum minus its own ranks shuffled: ",
+        r"full, all modules: rank correlation with the probe's ranks [+-]",
         r"dora: \d\d",
     ],
     "14": [
         r"0\.39 %; the paper prints 0\.39 %",
         r"[01] of 30 modules differ",
-        r"\d+ runs of hybrids, recorded, not computed here",
+        r"mini-hybrids, recorded, not computed here: \d+ runs",
     ],
 }
 
