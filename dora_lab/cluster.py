@@ -21,7 +21,7 @@ import yaml
 
 from dora_lab.cells import LOG, needs, papermill, shell_line
 from dora_lab.files import prepare_folder, write_text
-from dora_lab.machine import detect
+from dora_lab.machine import detect, runs_at_a_time
 from dora_lab.pipeline import Progress, Summary, chapter, failure, last_line, result_chapters
 from dora_lab.profiles import PROJECT, Profile, load_profile
 from dora_lab.records import FAILURE, is_done, run_folder
@@ -144,9 +144,9 @@ def _limits(folder: Path, profile: Profile, spec: RunSpec, jobs: int | None) -> 
     """How much may run at a time: on this machine by its cores and GPUs, elsewhere by the number of jobs."""
     if yaml.safe_load((folder / "config.yaml").read_text()).get("executor", "local") != "local":
         return [f"--jobs={jobs}"] if jobs else []
-    machine, threads = detect(), spec.threads * profile.processes
-    jobs = jobs or profile.jobs or max(1, machine.cores // threads)
-    return [f"--cores={jobs * threads}"] + ([f"--resources=gpu={len(machine.gpus)}"] if machine.gpus else [])
+    gpus, threads = detect().gpus, spec.threads * profile.processes
+    jobs = jobs or profile.jobs or runs_at_a_time(threads)
+    return [f"--cores={jobs * threads}"] + ([f"--resources=gpu={len(gpus)}"] if gpus else [])
 
 
 def _changes(folder: Path) -> list[int]:

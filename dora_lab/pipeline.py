@@ -15,6 +15,7 @@ from pathlib import Path
 from dora_lab.cells import LOG, absolute, cell_command, cell_environment, papermill
 from dora_lab.data import fetch_data
 from dora_lab.files import prepare_folder
+from dora_lab.machine import runs_at_a_time
 from dora_lab.preflight import check_base, check_memory, fetch_base, is_large
 from dora_lab.profiles import PROJECT, Profile, load_profile
 from dora_lab.records import (
@@ -150,7 +151,7 @@ def run_grid(
     `profile_name` is the name or path that the worker notebook is given.
     """
     profile = load_profile(profile_name)
-    jobs = jobs or profile.jobs or max(1, (os.cpu_count() or 1) // (specs[0].threads * profile.processes))
+    jobs = jobs or profile.jobs or runs_at_a_time(specs[0].threads * profile.processes)
     progress = Progress(specs, runs_dir, report)
     progress.begin(f"{jobs} at a time")
     waiting = list(progress.waiting)

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from dora_lab.files import prepare_folder
+from dora_lab.machine import runs_at_a_time
 from dora_lab.profiles import Profile
 from dora_lab.records import is_done, read_record, run_folder
 from dora_lab.specs import RunSpec
@@ -46,7 +47,7 @@ def run_sweep(
     before = {row["run_id"]: row["accuracy"] for row in recorded}
     waiting = [spec for spec in specs if spec.run_id not in before and not is_done(run_folder(runs_dir, spec))]
     report(f"{len(specs)} runs: {len(specs) - len(waiting)} done before, {len(waiting)} to do")
-    jobs = jobs or max(1, (os.cpu_count() or 1) // specs[0].threads)
+    jobs = jobs or runs_at_a_time(specs[0].threads)
     context = multiprocessing.get_context("spawn")
     began = time.monotonic()
     with ProcessPoolExecutor(jobs, context, _be_a_worker, (specs[0].threads,)) as pool:
