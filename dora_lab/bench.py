@@ -5,7 +5,6 @@ disturbs them alike; what is quoted is the median over turns and its ratio to Lo
 """
 
 import gc
-import json
 import statistics
 import time
 import weakref
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_lab.adapters import LLAMA_TARGETS, AdapterConfig, attach, merge
-from dora_lab.files import write_text
 from dora_lab.kernels import adapted_norm, norm_kind, squared_norm
+from dora_lab.measured import finished_rows, write
 from dora_lab.models import checkpoint_layers
 from dora_lab.quantised import quantise
 from dora_lab.records import environment
@@ -288,7 +287,7 @@ def run(
     norm_shapes: tuple[tuple[int, int], ...] | None = None,
     partial: Path | None = None,
 ) -> dict:
-    """Measure every setting and variant, and the two norms; returns what `write` writes.
+    """Measure every setting and variant, and the two norms; returns what `measured.write` writes.
 
     On a CUDA device the settings are LLaMA-7B's layers unless others are given. `partial`: a file that keeps finished
     settings; those that it has, from the same machine with the same versions and turns, are not measured again.
@@ -296,7 +295,7 @@ def run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = settings or (CUDA_SETTINGS if device == "cuda" else CPU_SETTINGS)
     found = {"environment": environment(torch.get_num_threads()), "turns": turns, "rows": []}
-    before = _finished(partial, found) if partial else []
+    before = finished_rows(partial, found)
     rows = found["rows"]
     for number, setting in enumerate(settings, 1):
         kept = [row for row in before if row["setting"] == asdict(setting)]
@@ -309,23 +308,6 @@ def run(
         gc.collect()
     norm_shapes = norm_shapes or (LLAMA_7B_SHAPES if device == "cuda" else NORM_SHAPES)
     return found | {"norms": measure_norms(norm_shapes, turns, device)}
-
-
-def _finished(partial: Path, now: dict) -> list[dict]:
-    """Rows of an interrupted measurement that was made as this one is."""
-    try:
-        before = json.loads(partial.read_text())
-    except (OSError, json.JSONDecodeError):
-        return []
-    same = before["turns"] == now["turns"]
-    same &= {**before["environment"], "date": None} == {**now["environment"], "date": None}
-    return before["rows"] if same else []
-
-
-def write(found: dict, path: Path) -> None:
-    """Write what `run` returned as JSON, by rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def _spread(seconds: list[float], loras: list[float]) -> dict[str, float]:

@@ -4,7 +4,9 @@ The chapters are run by papermill and set by Sphinx with MyST-NB. MathJax comes 
 site. What only a live kernel can show (widgets) is left out; the picture that each panel shows without one stays.
 """
 
+import hashlib
 import html
+import json
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import nbformat
 
+from dora_lab.cells import absolute
+from dora_lab.files import write_text
 from dora_lab.pipeline import RECORDED, RESULT_CHAPTERS, run_chapter
 from dora_lab.profiles import PROJECT, load_profile
 
@@ -40,27 +44,39 @@ def run_chapters(profile: str, folder: Path, report: Callable[[str], None] = pri
     """Run every chapter headless with `profile` into `folder`; returns the notebooks, in order.
 
     The worker, 07, is not run. Results are read from the recorded runs; what is drawn anew goes to folder/figures.
-    A chapter that is in `folder` already, newer than its source, is not run again. Raises RuntimeError naming a chapter
-    that fails.
+    A chapter that was run to its end has a stamp beside it, and is not run again while profile, notebook, package and
+    data are those of the stamp. Raises RuntimeError naming a chapter that fails.
     """
-    load_profile(profile)
+    loaded, folder = load_profile(profile), folder.resolve()
+    shared = {"profile": hashlib.sha256(repr(loaded).encode()).hexdigest()}
+    shared |= {name: _digest(PROJECT / name) for name in ("dora_lab", "data")}
     folder.mkdir(parents=True, exist_ok=True)
     done = []
     sources = sorted((PROJECT / "notebooks").glob("*.ipynb"))
     for number, source in enumerate(sources, 1):
-        target = folder / source.name
+        target, stamp = folder / source.name, folder / f"{source.stem}.stamp.json"
+        made_of = json.dumps({"notebook": hashlib.sha256(source.read_bytes()).hexdigest()} | shared, indent=1)
         if source.stem == WORKER:
             shutil.copy2(source, target)
-        elif not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
+        elif not (target.exists() and stamp.exists() and stamp.read_text() == made_of):
             report(f"[{number}/{len(sources)}] {source.stem}")
-            try:
-                run_chapter(source.stem, target, **chapter_parameters(source.stem, profile, folder))
-            except RuntimeError:
-                if target.exists():  # what papermill got to, for the reader of the error; not a finished chapter
-                    target.rename(target.with_suffix(".failed.ipynb"))
-                raise
+            stamp.unlink(missing_ok=True)
+            partial = target.with_suffix(".partial.ipynb")  # papermill writes it cell by cell
+            run_chapter(source.stem, partial, **chapter_parameters(source.stem, absolute(profile), folder))
+            partial.replace(target)
+            write_text(stamp, made_of)
         done.append(target)
     return done
+
+
+def _digest(folder: Path) -> str:
+    """Hash of the names and contents of all files below the folder, but for hidden ones and Python's caches."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in name.parts):
+            digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def chapter_parameters(name: str, profile: str, folder: Path) -> dict[str, str]:
@@ -123,7 +139,8 @@ def build(out: Path, profile: str = "mini", report: Callable[[str], None] = prin
     (source / "conf.py").write_text(CONFIGURATION)
     for path in notebooks:
         nbformat.write(printable(nbformat.read(path, as_version=4)), source / path.name)
-    (source / "index.md").write_text(_index([path.stem for path in notebooks], work / "executed" / "figures", profile))
+    name = load_profile(profile).name
+    (source / "index.md").write_text(_index([path.stem for path in notebooks], work / "executed" / "figures", name))
     report("setting the pages")
     pages = out / "html"
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-E", str(source), str(pages)]

@@ -80,7 +80,7 @@ def sweep(
     from dora_lab.profiles import load_profile
     from dora_lab.sweep import SWEEP, best_rates, read_sweep, run_sweep, sweep_specs
 
-    with told(kept="finished runs are kept"):
+    with told(RuntimeError, kept="finished runs are kept"):
         loaded = load_profile(profile)
         specs = sweep_specs(loaded)
         preflight(runs_dir, specs)
@@ -102,8 +102,9 @@ def record(profile: ProfileOption = "mini", runs_dir: RunsOption = Path("runs"))
     from dora_lab.profiles import load_profile
 
     with told():
-        count = pipeline.record_results(load_profile(profile), runs_dir)
-    typer.echo(f"{count} runs recorded in {pipeline.RECORDED / profile}")
+        loaded = load_profile(profile)
+        count = pipeline.record_results(loaded, runs_dir)
+    typer.echo(f"{count} runs recorded in {pipeline.RECORDED / loaded.name}")
 
 
 @app.command()
@@ -172,11 +173,12 @@ def allocate(
     """Choose a rank for every module by each criterion at equal parameters; write a profile that extends PROFILE."""
     from dataclasses import replace
 
-    from dora_lab.files import write_text
+    from dora_lab.files import prepare_file, write_text
     from dora_lab.profiles import load_profile
     from dora_lab.rank_study import allocate_all, profile_text
 
     with told():
+        prepare_file(out)
         loaded = load_profile(profile)
         loaded = replace(loaded, tasks=task or loaded.tasks)
         found = allocate_all(loaded, rank or [2, 4], method, report=typer.echo)
@@ -231,12 +233,11 @@ def bench(
     turns: Annotated[int, typer.Option(min=2, help="Measured steps of every variant.")] = 15,
 ) -> None:
     """Measure steps and bytes of LoRA and DoRA, ours and PEFT's, in turns, and write them to OUT."""
-    from dora_lab.bench import run, write
+    from dora_lab.bench import run
+    from dora_lab.measured import write_measured
 
     with told(kept="finished settings are kept"):
-        partial = out.with_suffix(".partial")
-        write(run(turns=turns, report=typer.echo, partial=partial), out)
-        partial.unlink(missing_ok=True)
+        write_measured(lambda partial: run(turns=turns, report=typer.echo, partial=partial), out)
     typer.echo(f"written: {out}")
 
 
@@ -245,10 +246,12 @@ def scaling(
     out: Annotated[Path, typer.Argument(help="JSON file to write.")] = Path("data/results/scaling.json"),
 ) -> None:
     """Measure cells an hour and the overhead of a cell on the smoke profile; plan 1,000 LLaMA-7B cells on paper."""
-    from dora_lab.bench import write
+    from dora_lab.files import prepare_file
+    from dora_lab.measured import write
     from dora_lab.scaling import measure, on_paper, table
 
     with told(RuntimeError):
+        prepare_file(out)
         measured = measure(report=typer.echo)
         write(measured, out)
     for row in table(measured):
@@ -266,9 +269,11 @@ def claims(
 ) -> None:
     """Test every claim of data/claims.yaml and write FIGURES_DIR/claims.md: verdict, number, measured on what."""
     from dora_lab.claims import read_claims, run_claims, write_claims
+    from dora_lab.files import prepare_folder
     from dora_lab.report_outputs import FILES, fetch_outputs
 
     with told():
+        prepare_folder(figures_dir, "another folder as --figures-dir")
         for method in FILES if fetch else ():
             typer.echo(f"{fetch_outputs(method)}: verified")
         page = write_claims(run_claims(read_claims(), typer.echo), figures_dir)
@@ -287,13 +292,14 @@ def measure_7b(
     cap_gb: Annotated[float, typer.Option(help="GB of the GPU that may be used.")] = 40.0,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps of every variant.")] = 10,
 ) -> None:
-    """Measure memory and speed of training LLaMA-7B's shape, random weights, beside the plan, and write them to OUT."""
-    from dora_lab.bench import write
+    """Measure memory and speed of training LLaMA-7B's shape, random weights, beside the plan; write to OUT. Resumes."""
     from dora_lab.measure import Workload, measure
+    from dora_lab.measured import write_measured
 
     work = Workload(model, rank, batch, length, logit_columns=logit_columns, cap_gb=cap_gb)
-    with told():
-        write(measure(work, tuple(variant) if variant else None, steps, typer.echo), out)
+    variants = tuple(variant) if variant else None
+    with told(kept="finished variants are kept"):
+        write_measured(lambda partial: measure(work, variants, steps, typer.echo, partial), out)
     typer.echo(f"written: {out}")
 
 
@@ -305,6 +311,6 @@ def book(
     """Run every chapter headless and set the book: static HTML that needs no network. Resumes."""
     from dora_lab.book import build
 
-    with told(RuntimeError):
+    with told(RuntimeError, kept="finished chapters are kept"):
         index = build(out.resolve(), profile, typer.echo)
     typer.echo(f"the book: {index}")

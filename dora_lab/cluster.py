@@ -20,8 +20,9 @@ from pathlib import Path
 import yaml
 
 from dora_lab.cells import LOG, needs, papermill, shell_line
+from dora_lab.children import Children
 from dora_lab.files import prepare_folder, write_text
-from dora_lab.machine import detect
+from dora_lab.machine import detect, runs_at_a_time
 from dora_lab.pipeline import Progress, Summary, chapter, failure, last_line, result_chapters
 from dora_lab.profiles import PROJECT, Profile, load_profile
 from dora_lab.records import FAILURE, is_done, run_folder
@@ -31,6 +32,7 @@ WORKFLOW = Path(__file__).parent / "workflow"
 PROFILES = WORKFLOW / "profiles"
 ENGINE_LOG = "snakemake.log"
 POLL_S = 0.5
+STOP_S = 120.0  # for Snakemake to cancel what it has submitted
 
 
 def find_snakemake() -> str:
@@ -81,7 +83,7 @@ def run_grid(
     """As `pipeline.run_grid`, by Snakemake. `snakemake_profile`: local, slurm, or a folder with a config.yaml.
 
     A failed cell is reported when it has noted why; one that was killed could not, and is when Snakemake has ended.
-    Raises RuntimeError if Snakemake is missing or ends before any cell was tried.
+    What stops this stops Snakemake. Raises RuntimeError if Snakemake is missing or ends before any cell was tried.
     """
     profile, folder = load_profile(profile_name), find_profile(snakemake_profile)
     progress = Progress(specs, runs_dir, report)
@@ -93,16 +95,13 @@ def run_grid(
     grid = write_grid(profile_name, profile, specs, runs_dir)
     before = {spec.run_id: _changes(run_folder(runs_dir, spec)) for spec in progress.waiting}
     log = runs_dir / profile.name / ENGINE_LOG
-    with log.open("w") as said:
-        process = _snakemake(grid, folder, _limits(folder, profile, specs[0], jobs), "grid", said)
-        try:
-            waiting = progress.waiting
-            while process.poll() is None:
-                time.sleep(POLL_S)
-                waiting = [spec for spec in waiting if not _has_ended(progress, spec, before[spec.run_id])]
-        except KeyboardInterrupt:
-            _stop(process)
-            raise
+    command = _command(grid, folder, _limits(folder, profile, specs[0], jobs), "grid")
+    with log.open("w") as said, Children(_stop, STOP_S) as children:
+        process = children.start(command, stdout=said, stderr=subprocess.STDOUT)
+        waiting = progress.waiting
+        while process.poll() is None:
+            time.sleep(POLL_S)
+            waiting = [spec for spec in waiting if not _has_ended(progress, spec, before[spec.run_id])]
     text = log.read_text(errors="replace")
     if process.returncode and not any(_changes(run_folder(runs_dir, s)) != before[s.run_id] for s in progress.waiting):
         raise RuntimeError(f"Snakemake could not run the grid: {last_line(text)}; see {log}")
@@ -119,34 +118,33 @@ def draw_results(profile_name: str, profile: Profile, specs: list[RunSpec], runs
     """As `pipeline.draw_results`, by Snakemake's rule, on this machine. Raises RuntimeError if a chapter fails."""
     grid = write_grid(profile_name, profile, specs, runs_dir)
     log = runs_dir / profile.name / "results.log"
-    with log.open("w") as said:
-        process = _snakemake(grid, PROFILES / "local", ["--cores=1", "--forcerun=results"], "results", said)
+    command = _command(grid, PROFILES / "local", ["--cores=1", "--forcerun=results"], "results")
+    with log.open("w") as said, Children(_stop, STOP_S) as children:
+        process = children.start(command, stdout=said, stderr=subprocess.STDOUT)
         process.wait()
     if process.returncode:
         raise RuntimeError(f"the table and figures could not be drawn; see {log}")
 
 
-def _snakemake(grid: Path, folder: Path, options: list[str], target: str, said) -> subprocess.Popen:
+def _command(grid: Path, folder: Path, options: list[str], target: str) -> list[str]:
     command = [find_snakemake(), "--config", f"grid={grid}", f"--snakefile={WORKFLOW / 'Snakefile'}"]
-    command += [f"--directory={grid.parents[1]}", f"--profile={folder}", *options, "--", target]
-    return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+    return command + [f"--directory={grid.parents[1]}", f"--profile={folder}", *options, "--", target]
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """End Snakemake, which cancels what it has submitted, and with it the workers that it has started here."""
+    """Ask Snakemake to end, which cancels what it has submitted, and with it the workers that it has started here."""
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-    process.wait(timeout=120)
 
 
 def _limits(folder: Path, profile: Profile, spec: RunSpec, jobs: int | None) -> list[str]:
     """How much may run at a time: on this machine by its cores and GPUs, elsewhere by the number of jobs."""
     if yaml.safe_load((folder / "config.yaml").read_text()).get("executor", "local") != "local":
         return [f"--jobs={jobs}"] if jobs else []
-    machine, threads = detect(), spec.threads * profile.processes
-    jobs = jobs or profile.jobs or max(1, machine.cores // threads)
-    return [f"--cores={jobs * threads}"] + ([f"--resources=gpu={len(machine.gpus)}"] if machine.gpus else [])
+    gpus, threads = detect().gpus, spec.threads * profile.processes
+    jobs = jobs or profile.jobs or runs_at_a_time(threads)
+    return [f"--cores={jobs * threads}"] + ([f"--resources=gpu={len(gpus)}"] if gpus else [])
 
 
 def _changes(folder: Path) -> list[int]:

@@ -37,7 +37,7 @@ QUANTITIES = {"step": "training step", "evaluation": "evaluation", "saved": "sav
 
 
 def read_costs(path: str | Path) -> dict:
-    """What `bench.write` wrote. Raises ValueError, with what to do, for a file that is missing or of another kind."""
+    """What `bench` wrote. Raises ValueError, with what to do, for a file that is missing or of another kind."""
     try:
         found = json.loads(Path(path).read_text())
     except FileNotFoundError:

@@ -1,14 +1,15 @@
 """Text files that are whole or not there, rows of JSON lines, and folders that can be written."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
 from pathlib import Path
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the folder and see that it can be written. Raises OSError naming the path and what to do."""
+def prepare_folder(folder: Path, instead: str = "another folder as runs_dir") -> None:
+    """Make the folder and see that it can be written. Raises OSError naming the path and what to give instead."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{socket.gethostname()}-{os.getpid()}"
@@ -16,9 +17,15 @@ def prepare_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(
-            error.errno,
-            f"cannot write to {folder} ({error.strerror}): free space there, or give another folder as runs_dir",
+            error.errno, f"cannot write to {folder} ({error.strerror}): free space there, or give {instead}"
         ) from error
+
+
+def prepare_file(path: Path, instead: str = "another file as OUT") -> None:
+    """See, before long work, that the file can be written at its end; makes its folder. Raises as `prepare_folder`."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"cannot write {path} (it is a folder): give {instead}")
+    prepare_folder(path.parent, instead)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -40,7 +40,7 @@ def detect(folder: str | Path = ".") -> Machine:
     memory, available = _memory()
     return Machine(
         processor=processor(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         memory_bytes=memory,
         available_bytes=available,
         gpus=_gpus(),
@@ -49,6 +49,16 @@ def detect(folder: str | Path = ".") -> Machine:
         python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES},
     )
+
+
+def cores() -> int:
+    """How many this process may use: taskset or a scheduler may give it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def runs_at_a_time(threads: int) -> int:
+    """How many runs of so many threads the cores hold; one at least."""
+    return max(1, cores() // threads)
 
 
 def size(count: int | None) -> str:

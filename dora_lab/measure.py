@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import nn
 
 from dora_lab.adapters import AdapterConfig, attach
 from dora_lab.bench import peak_bytes, peft_adapted
+from dora_lab.measured import finished_rows, write
 from dora_lab.memory import PARTS, plan
 from dora_lab.models import answer_logits, checkpoint_layers, load_model
 from dora_lab.records import environment
@@ -43,22 +45,30 @@ class Workload:
 
 
 def measure(
-    workload: Workload, variants: tuple[str, ...] | None = None, steps: int = 10, report: Callable[[str], None] = print
+    workload: Workload,
+    variants: tuple[str, ...] | None = None,
+    steps: int = 10,
+    report: Callable[[str], None] = print,
+    partial: Path | None = None,
 ) -> dict:
-    """What `bench.write` writes: the environment, the workload, and a row a variant.
+    """What `measured.write` writes: the environment, the workload, the measured steps, and a row a variant.
 
-    Peak bytes are those that PyTorch has allocated, weights included. Raises ValueError for an unknown variant or
-    model, or a cap that the GPU does not have.
+    Peak bytes are those that PyTorch has allocated, weights included. `partial`: as in `bench.run`, for variants.
+    Raises ValueError for an unknown variant or model, or a cap that the GPU does not have.
     """
     for name in variants or ():
         if name not in VARIANTS:
             raise ValueError(f"unknown variant {name!r}: choose one of {', '.join(VARIANTS)}")
     find_shape(workload.model)
     _set_cap(workload.cap_gb)
-    rows = []
+    found = {"environment": environment(torch.get_num_threads()), "workload": asdict(workload), "steps": steps}
+    rows = found["rows"] = []
+    before = {row["variant"]: row for row in finished_rows(partial, found)}
     for name in variants or tuple(VARIANTS):
-        row = _measure_one(name, workload, steps)
+        row = before.get(name) or _measure_one(name, workload, steps)
         rows.append(row)
+        if partial:
+            write(found, partial)
         if "error" in row:
             report(f"{name}: {row['error']}; planned {row['planned_bytes'] / 1e9:.2f} GB")
         else:
@@ -69,7 +79,7 @@ def measure(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return {"environment": environment(torch.get_num_threads()), "workload": asdict(workload), "rows": rows}
+    return found
 
 
 def _measure_one(name: str, workload: Workload, steps: int) -> dict:

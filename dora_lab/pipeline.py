@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections import defaultdict
@@ -13,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dora_lab.cells import LOG, absolute, cell_command, cell_environment, papermill
+from dora_lab.children import Children
 from dora_lab.data import fetch_data
 from dora_lab.files import prepare_folder
+from dora_lab.machine import runs_at_a_time
 from dora_lab.preflight import check_base, check_memory, fetch_base, is_large
 from dora_lab.profiles import PROJECT, Profile, load_profile
 from dora_lab.records import (
@@ -145,31 +146,26 @@ def run_grid(
 ) -> Summary:
     """Do the runs that are not done, `jobs` at a time, each in a papermill process of its own.
 
-    A failed run is noted in its folder and the rest goes on. Ctrl-C ends the running processes and raises
-    KeyboardInterrupt; what is finished stays, what was running goes on from its last checkpoint next time.
+    A failed run is noted in its folder and the rest goes on. Ctrl-C, SIGTERM and SIGHUP, and any error, end the
+    running processes and are raised (a signal as KeyboardInterrupt); what is finished stays, what was running goes on
+    from its last checkpoint next time.
     `profile_name` is the name or path that the worker notebook is given.
     """
     profile = load_profile(profile_name)
-    jobs = jobs or profile.jobs or max(1, (os.cpu_count() or 1) // (specs[0].threads * profile.processes))
+    jobs = jobs or profile.jobs or runs_at_a_time(specs[0].threads * profile.processes)
     progress = Progress(specs, runs_dir, report)
     progress.begin(f"{jobs} at a time")
     waiting = list(progress.waiting)
     running: dict[subprocess.Popen, RunSpec] = {}
-    try:
+    with Children() as children:
         while waiting or running:
             while waiting and len(running) < jobs:
                 spec = waiting.pop(0)
-                running[_start(profile_name, profile, spec, runs_dir)] = spec
+                running[_start(children, profile_name, profile, spec, runs_dir)] = spec
             time.sleep(0.2)
             for process in [p for p in running if p.poll() is not None]:
                 spec = running.pop(process)
                 progress.ended(spec, failure(spec, runs_dir, f"exit code {process.returncode}"))
-    except KeyboardInterrupt:
-        for process in running:
-            process.send_signal(signal.SIGTERM)
-        for process in running:
-            process.wait(timeout=30)
-        raise
     return progress.summary
 
 
@@ -208,9 +204,13 @@ def run_chapter(name: str, output: Path, **parameters: str) -> None:
         if parameter not in known:
             raise ValueError(f"{name} has no parameter {parameter!r}: it has {', '.join(known)}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(papermill(chapter(name), output, parameters), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"chapter {name} failed: {last_line(done.stderr)}; see {output}")
+    with Children() as children:
+        process = children.start(
+            papermill(chapter(name), output, parameters), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        _, said = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"chapter {name} failed: {last_line(said)}; see {output}")
 
 
 def record_results(profile: Profile, runs_dir: Path, target: Path | None = None) -> int:
@@ -279,16 +279,16 @@ def preflight(runs_dir: Path, specs: Iterable[RunSpec] = (), here: bool = True) 
         fetch_data(source, task)
 
 
-def _start(profile_name: str, profile: Profile, spec: RunSpec, runs_dir: Path) -> subprocess.Popen:
+def _start(children: Children, profile_name: str, profile: Profile, spec: RunSpec, runs_dir: Path) -> subprocess.Popen:
     folder = run_folder(runs_dir, spec)
     prepare_folder(folder)
-    return subprocess.Popen(
-        cell_command(profile_name, spec, runs_dir),
-        stdout=(folder / LOG).open("w"),
-        stderr=subprocess.STDOUT,
-        env=os.environ | cell_environment(profile, spec),
-        start_new_session=True,
-    )
+    with (folder / LOG).open("w") as log:
+        return children.start(
+            cell_command(profile_name, spec, runs_dir),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | cell_environment(profile, spec),
+        )
 
 
 def chapter(name: str) -> Path:

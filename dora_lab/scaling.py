@@ -14,7 +14,7 @@ from pathlib import Path
 from dora_lab import cluster, pipeline
 from dora_lab.cells import SPEED, needs
 from dora_lab.job import FLOAT
-from dora_lab.machine import processor
+from dora_lab.machine import cores, processor
 from dora_lab.preflight import plan_of
 from dora_lab.profiles import load_profile
 from dora_lab.records import read_record, run_folder
@@ -53,7 +53,7 @@ def measure(
         "profile": profile_name,
         "cells": len(specs),
         "device": processor(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "rows": rows,
     }

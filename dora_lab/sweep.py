@@ -8,9 +8,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from dora_lab.files import prepare_folder
+from dora_lab.machine import runs_at_a_time
 from dora_lab.profiles import Profile
 from dora_lab.records import is_done, read_record, run_folder
 from dora_lab.specs import RunSpec
@@ -39,14 +41,14 @@ def run_sweep(
 ) -> list[dict]:
     """Do the sweep's runs that are not done and write `<runs_dir>/<profile>/sweep.csv`; returns its rows.
 
-    The runs are done in worker processes without papermill. A run that failed (a rate too high, say) has no accuracy
-    in its row. A row of `recorded` with a spec's run id, and so with all of its settings, stands for that run. Ctrl-C
-    keeps what is finished.
+    The runs are done in worker processes without papermill. A run that failed (a rate too high, say, or a GPU too
+    small) has no accuracy in its row. A row of `recorded` with a spec's run id, and so with all of its settings, stands
+    for that run. Ctrl-C keeps what is finished. Raises RuntimeError if a worker is killed; what is finished is kept.
     """
     before = {row["run_id"]: row["accuracy"] for row in recorded}
     waiting = [spec for spec in specs if spec.run_id not in before and not is_done(run_folder(runs_dir, spec))]
     report(f"{len(specs)} runs: {len(specs) - len(waiting)} done before, {len(waiting)} to do")
-    jobs = jobs or max(1, (os.cpu_count() or 1) // specs[0].threads)
+    jobs = jobs or runs_at_a_time(specs[0].threads)
     context = multiprocessing.get_context("spawn")
     began = time.monotonic()
     with ProcessPoolExecutor(jobs, context, _be_a_worker, (specs[0].threads,)) as pool:
@@ -59,7 +61,11 @@ def run_sweep(
                     f"[{count}/{len(waiting)}] {spec.task} {spec.method} at {spec.learning_rate:g}, seed {spec.seed}: "
                     f"{outcome}; about {minutes:.0f} min left"
                 )
-        except KeyboardInterrupt:
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "the process of a run was killed, for want of memory perhaps: free some, or give fewer jobs"
+            ) from error
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     rows = []
@@ -135,7 +141,7 @@ def _finetune_quietly(spec: RunSpec, runs_dir: Path) -> str:
 
     try:
         record = finetune(spec, runs_dir, progress=False)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # what `finetune` says that it raises
         return f"failed: {error}"
     for name in ("adapter", "model"):  # a sweep asks for a score only
         shutil.rmtree(run_folder(runs_dir, spec) / name, ignore_errors=True)

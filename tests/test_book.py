@@ -95,6 +95,84 @@ def test_the_pages_have_pictures_links_the_table_and_need_no_network(tmp_path, m
     assert "mathjax/MathJax.js" in page and "a progress bar" not in page
 
 
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project of two chapters; returns its folder and the list of chapters that are run, with their profiles."""
+    for name in ("notebooks/00_one.ipynb", "notebooks/01_two.ipynb", "dora_lab/code.py", "data/numbers.csv"):
+        path = tmp_path / "project" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    ran = []
+
+    def run_chapter(name, output, profile, **parameters):
+        ran.append((name, profile))
+        output.write_text("half")
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        output.write_text("whole")
+
+    monkeypatch.setattr(book, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr(book, "run_chapter", run_chapter)
+    return tmp_path / "project", ran
+
+
+def test_a_chapter_that_was_interrupted_is_not_taken_as_done(project, tmp_path):
+    ran = project[1]
+    with pytest.raises(KeyboardInterrupt):
+        book.run_chapters("mini", tmp_path / "out", str)
+    assert not (tmp_path / "out" / "01_two.ipynb").exists()
+    paths = book.run_chapters("mini", tmp_path / "out", str)
+    assert [name for name, _ in ran] == ["00_one", "01_two", "01_two"]
+    assert [path.read_text() for path in paths] == ["whole", "whole"]
+    assert book.run_chapters("mini", tmp_path / "out", str) == paths and len(ran) == 3
+
+
+def test_a_chapter_is_run_again_when_profile_notebook_package_or_data_have_changed(project, tmp_path):
+    folder, ran = project
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: smoke\nname: own\n")
+    ran += [None] * 3  # nothing is interrupted
+
+    def run_again(profile="mini"):
+        before = len(ran)
+        book.run_chapters(profile, tmp_path / "out", str)
+        return ran[before:]
+
+    assert len(run_again()) == 2 and not run_again()
+    assert run_again("smoke") == [("00_one", "smoke"), ("01_two", "smoke")] and len(run_again()) == 2
+    (folder / "notebooks" / "01_two.ipynb").write_text("other cells")
+    assert run_again() == [("01_two", "mini")]
+    for changed in ("dora_lab/code.py", "data/more.csv"):
+        (folder / changed).write_text("changed")
+        assert len(run_again()) == 2 and not run_again(), changed
+    (folder / "dora_lab" / "__pycache__").mkdir()
+    (folder / "dora_lab" / "__pycache__" / "code.pyc").write_text("made by Python")
+    assert not run_again()
+    assert len(run_again(str(own))) == 2 and not run_again(str(own))
+    own.write_text("extends: smoke\nname: own\nbatch_size: 2\n")
+    assert len(run_again(str(own))) == 2
+
+
+def test_a_profile_given_by_its_path_is_found_by_chapters_and_named_in_the_index(project, tmp_path, monkeypatch):
+    ran = project[1]
+    (tmp_path / "own.yaml").write_text("extends: smoke\nname: own\n")
+    monkeypatch.chdir(tmp_path)
+    ran += [None] * 3
+    book.run_chapters("own.yaml", tmp_path / "out", str)
+    assert ran[-1] == ("01_two", str(tmp_path / "own.yaml"))
+    monkeypatch.undo()
+
+    def run_chapters(profile, folder, report):
+        (folder / "figures").mkdir(parents=True)
+        (folder / "figures" / "results.md").write_text(TABLE)
+        return []
+
+    pytest.importorskip("myst_nb", reason="the book's packages are not installed: pip install -e '.[book]'")
+    monkeypatch.setattr(book, "run_chapters", run_chapters)
+    index = book.build(tmp_path / "book", str(tmp_path / "own.yaml"), report=str)
+    assert "Made from no runs." in index.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_whole_book(tmp_path):

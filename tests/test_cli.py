@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer import Exit
+from typer.testing import CliRunner
 
+from dora_lab.cli import app
+from dora_lab.exits import told
 from dora_lab.profiles import known_profiles, load_profile
 from dora_lab.records import read_records
 
@@ -56,6 +60,38 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert done.returncode == 2 and str(tmp_path / "file") in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        ("allocate", "dora_lab.rank_study.allocate_all"),
+        ("bench", "dora_lab.bench.run"),
+        ("scaling", "dora_lab.scaling.measure"),
+        ("measure-7b", "dora_lab.measure.measure"),
+        ("claims", "dora_lab.claims.run_claims"),
+    ],
+)
+def test_what_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch, command, work):
+    begun = []
+    monkeypatch.setattr(work, lambda *_, **__: begun.append(work) or 1 / 0)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "out.json", tmp_path) if command != "claims" else (tmp_path / "file",):
+        option = ["--figures-dir"] if command == "claims" else []
+        done = CliRunner().invoke(app, [command, *option, str(place)])
+        assert done.exit_code == 2 and str(place.parent) in done.stderr and not begun
+    place = tmp_path / "new" / "out.json"
+    done = CliRunner().invoke(app, [command, *option, str(place)])
+    assert isinstance(done.exception, ZeroDivisionError) and place.parent.is_dir()
+
+
+def test_an_error_that_ends_long_work_is_told_with_what_is_kept(capsys):
+    with pytest.raises(Exit), told(RuntimeError, kept="finished runs are kept"):
+        raise RuntimeError("a run was killed")
+    assert capsys.readouterr().err == "error: a run was killed\nfinished runs are kept\n"
+    with pytest.raises(Exit), told(RuntimeError, kept="finished runs are kept"):
+        raise ValueError("unknown profile")  # nothing has begun
+    assert capsys.readouterr().err == "error: unknown profile\n"
+
+
 @pytest.fixture(scope="module")
 def two_runs(tiny_profile, tmp_path_factory) -> Path:
     """A profile of two runs, long enough to be stopped between its checkpoints."""
@@ -67,7 +103,7 @@ def two_runs(tiny_profile, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_grid_goes_on_and_keeps_what_was_finished(two_runs, tmp_path, stop):
     call = ["reproduce", "--profile", str(two_runs), "--jobs", "1", "--runs-dir", str(tmp_path)]
     process = subprocess.Popen(
@@ -85,8 +121,8 @@ def test_a_stopped_grid_goes_on_and_keeps_what_was_finished(two_runs, tmp_path, 
     said, _ = process.communicate(timeout=60)
     first = next(tmp_path.glob("two/*/record.json"))
     before = first.stat().st_mtime_ns
-    if stop == signal.SIGINT:
-        assert process.returncode == 130 and "goes on from here" in said
+    if stop != signal.SIGKILL:
+        assert process.returncode == 128 + stop and "goes on from here" in said
 
     again = _call(*call)
     assert again.returncode == 0, again.stderr

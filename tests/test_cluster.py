@@ -233,7 +233,8 @@ def test_a_large_cell_asks_the_scheduler_for_its_gpu(snakemake, tmp_path, monkey
     log = tmp_path / "log"
     with log.open("w") as said:
         options = ["--dry-run", "--cores=4", "--resources=gpu=1"]
-        assert cluster._snakemake(grid, cluster.PROFILES / "local", options, "grid", said).wait() == 0
+        command = cluster._command(grid, cluster.PROFILES / "local", options, "grid")
+        assert subprocess.run(command, stdout=said, stderr=subprocess.STDOUT).returncode == 0
     planned = log.read_text()
     assert f"output: {spec.run_id}/record.json" in planned and "threads: 4" in planned
     for resource in ("gpu=1", f"mem_mb={wanted['memory_mb']}", f"runtime={wanted['minutes']}"):

@@ -48,6 +48,14 @@ def test_a_bare_machine_crashes_nothing(monkeypatch, tmp_path):
     assert machine.what_stops(found, machine.Opening("A", "a minute", "9000 GB", "a CPU")) == ""
 
 
+def test_only_the_cores_that_this_process_may_use_count(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
+    assert (machine.cores(), machine.detect().cores) == (1, 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4}, raising=False)
+    assert [machine.runs_at_a_time(threads) for threads in (1, 2, 8)] == [5, 2, 1]
+
+
 def test_the_disk_of_a_folder_that_is_not_yet_there_is_its_parent_s(tmp_path):
     assert machine.detect(tmp_path / "new" / "runs").free_disk_bytes > 0
 

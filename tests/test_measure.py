@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dora_lab import bench, measure
+from dora_lab import measure, measured
 from dora_lab.measure import VARIANTS, Workload
 
 SMALL = Workload("mini-world", rank=4, batch=4, length=128, dtype="float32")
@@ -25,7 +26,7 @@ def test_every_variant_has_a_peak_a_plan_and_a_speed(tmp_path):
     for name in ("lora", "dora"):
         assert 0.9 < rows[name]["planned_to_measured"] < 1.1
     assert rows["dora"]["peak_bytes"] < rows["dora-peft"]["peak_bytes"]
-    bench.write(found, tmp_path / "gpu" / "found.json")
+    measured.write(found, tmp_path / "gpu" / "found.json")
     assert json.loads((tmp_path / "gpu" / "found.json").read_text())["workload"]["model"] == "mini-world"
 
 
@@ -46,6 +47,33 @@ def test_a_variant_that_does_not_fit_is_recorded_as_such(monkeypatch):
     assert row["error"] == "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)" and "peak_bytes" not in row
 
 
+def test_what_an_interrupted_measurement_finished_is_not_measured_again(tmp_path, monkeypatch):
+    called = []
+
+    def measure_one(name, workload, steps):
+        called.append(name)
+        if len(called) == 2:
+            raise KeyboardInterrupt
+        return {"variant": name, "error": "out of memory (made up)", "planned_bytes": 1}
+
+    monkeypatch.setattr(measure, "_measure_one", measure_one)
+    options = {"variants": ("lora", "dora"), "report": str, "partial": tmp_path / "llama-7b.partial"}
+    with pytest.raises(KeyboardInterrupt):
+        measure.measure(SMALL, steps=2, **options)
+    found = measure.measure(SMALL, steps=2, **options)
+    assert called == ["lora", "dora", "dora"] and [row["variant"] for row in found["rows"]] == ["lora", "dora"]
+    measure.measure(SMALL, steps=3, **options)  # another measurement
+    measure.measure(replace(SMALL, batch=2), steps=3, **options)
+    assert called[3:] == ["lora", "dora"] * 2
+
+
+@pytest.mark.parametrize("text", ["", "[", "{}", '{"rows": []}'])
+def test_what_is_no_measurement_is_not_gone_on_with(tmp_path, text):
+    partial = tmp_path / "x.partial"
+    partial.write_text(text)
+    assert measured.finished_rows(partial, {"environment": {"date": "now"}, "rows": []}) == []
+
+
 def test_what_is_unknown_is_refused():
     with pytest.raises(ValueError, match="unknown variant 'full': choose one of lora, dora, qdora, dora-peft"):
         measure.measure(SMALL, ("full",))
@@ -60,6 +88,7 @@ def test_from_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "lora: " in done.stdout and "tokens/s" in done.stdout
     assert [row["variant"] for row in json.loads((tmp_path / "found.json").read_text())["rows"]] == ["lora"]
+    assert not (tmp_path / "found.partial").exists()
     refused = subprocess.run([*command, "--variant", "full"], capture_output=True, text=True)
     assert refused.returncode == 2 and "unknown variant 'full'" in refused.stderr
 

@@ -89,8 +89,12 @@ def text_of(notebook) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name[:2] != "07"])
 def test_a_chapter_runs_headless_on_the_mini_profile(name, tmp_path):
-    """07, the worker, is run by the pipeline's tests, and asks for a task and a method."""
-    run_chapter(name, tmp_path / "out.ipynb", **chapter_parameters(name, "mini", tmp_path))
+    """07, the worker, is run by the pipeline's tests, and asks for a task and a method.
+
+    The profile is given by its path, as one of a reader's own is; by its name it is every chapter's default.
+    """
+    profile = str(PROJECT / "data" / "profiles" / "mini.yaml")
+    run_chapter(name, tmp_path / "out.ipynb", **chapter_parameters(name, profile, tmp_path))
     done = nbformat.read(tmp_path / "out.ipynb", as_version=4)
     assert all(cell.execution_count for cell in done.cells if cell.cell_type == "code" and cell.source.strip())
     text = text_of(done)

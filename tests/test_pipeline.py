@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import MISSING, fields, replace
 
 import pytest
@@ -44,6 +46,34 @@ def test_a_failed_run_is_named_the_rest_goes_on_and_finished_runs_are_kept(tmp_p
     assert (again.done_before, again.done_now, again.failed) == (1, 1, {})
     assert (run_folder(tmp_path, good) / "record.json").stat().st_mtime_ns == before
     assert not (broken / "failure.json").exists()
+
+
+def test_an_error_of_the_grids_own_ends_the_runs_that_have_begun(tmp_path, monkeypatch):
+    noted = tmp_path / "pid"
+    commands = [["sh", "-c", f"echo $$ > {noted}.new; mv {noted}.new {noted}; exec sleep 60"]]
+
+    def cell_command(*arguments):
+        if commands:
+            return commands.pop()
+        while not noted.exists():
+            time.sleep(0.01)
+        return [str(tmp_path / "no such program")]
+
+    monkeypatch.setattr(pipeline, "cell_command", cell_command)
+    specs = _specs(("boolq", "dora"), ("winogrande", "lora"))
+    with pytest.raises(FileNotFoundError, match="no such program"):
+        pipeline.run_grid("smoke", specs, tmp_path, jobs=2, report=str)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(noted.read_text()), signal.SIGKILL)
+
+
+def test_a_grid_takes_no_more_cores_than_it_may_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
+    monkeypatch.setattr(pipeline, "cell_command", lambda *arguments: ["true"])
+    said = []
+    pipeline.run_grid("smoke", _specs(("boolq", "dora")), tmp_path, report=said.append)
+    assert said[0].endswith(", 1 at a time")
 
 
 def test_unknown_parameters_are_refused(tmp_path):

@@ -1,7 +1,13 @@
 """The sweep: the same trials for every method, the best mean wins, what failed cannot."""
 
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 
+from dora_lab import sweep
 from dora_lab.profiles import load_profile
 from dora_lab.sweep import SWEEP, best_rates, read_sweep, run_sweep, sweep_specs
 
@@ -40,3 +46,59 @@ def test_a_sweep_gives_every_method_the_same_trials_on_validation_data(tiny_prof
     elsewhere = tmp_path / "elsewhere"
     assert run_sweep(specs, elsewhere, report=said.append, recorded=rows) == rows  # same run ids: nothing to do
     assert said[-1] == "4 runs: 4 done before, 0 to do" and not list(elsewhere.glob("*/*/record.json"))
+
+
+class Threads(ThreadPoolExecutor):
+    """The sweep's pool in this process, so that what its workers call can be another thing."""
+
+    sizes: list[int] = []
+
+    def __init__(self, jobs, context, initializer, arguments):
+        self.sizes.append(jobs)
+        super().__init__(jobs)
+
+
+@pytest.fixture
+def few_specs(tiny_profile, monkeypatch):
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Threads)
+    return [spec for spec in sweep_specs(load_profile(tiny_profile), ["lora", "dora"]) if spec.task == "boolq"]
+
+
+def test_a_gpu_that_is_too_small_for_one_run_fails_that_run_alone(few_specs, tmp_path, monkeypatch):
+    def finetune(spec, runs_dir, progress):
+        if spec == few_specs[0]:
+            raise RuntimeError("the GPU is too small")
+        return SimpleNamespace(result=SimpleNamespace(accuracy=0.5))
+
+    monkeypatch.setattr("dora_lab.training.finetune", finetune)
+    said = []
+    rows = run_sweep(few_specs, tmp_path, jobs=1, report=said.append)
+    assert len(said) == 1 + len(few_specs) and "failed: the GPU is too small" in said[1]
+    assert "0.500" in said[2] and rows[0]["accuracy"] is None
+    assert read_sweep(tmp_path / few_specs[0].profile / SWEEP) == rows
+
+
+def test_after_an_error_that_no_run_should_raise_the_rest_is_not_begun(few_specs, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr("dora_lab.training.finetune", lambda spec, *_, **__: begun.append(spec) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_sweep(few_specs, tmp_path, jobs=1, report=str)
+    assert len(begun) < len(few_specs)
+
+
+def killed(spec, runs_dir):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_was_killed_is_told_with_what_to_do(tiny_profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_finetune_quietly", killed)
+    with pytest.raises(RuntimeError, match="was killed, for want of memory perhaps: free some, or give fewer jobs"):
+        run_sweep(sweep_specs(load_profile(tiny_profile), ["lora"])[:2], tmp_path, jobs=1, report=str)
+
+
+def test_a_sweep_takes_no_more_cores_than_it_may_use(few_specs, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
+    monkeypatch.setattr(sweep, "_finetune_quietly", lambda spec, runs_dir: "0.5")
+    run_sweep(few_specs, tmp_path, report=str)
+    assert Threads.sizes[-1] == 1
