@@ -2,7 +2,10 @@
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import Any
 
 METHODS = ("full", "lora", "dora", "dora-magnitude")
 MODULE_METHODS = ("lora", "dora", "dora-magnitude", "frozen")
@@ -10,6 +13,8 @@ INITIALISATIONS = ("kaiming", "pissa")
 DROPOUTS = ("low-rank", "faithful")
 KERNELS = ("fast", "reference")
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+# What a module's own configuration has: it was chosen by the patterns, which are not checked anew for every module.
+_NO_PATTERNS = {"rank_pattern": {}, "alpha_pattern": {}, "method_pattern": {}}
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class AdapterConfig:
     key that matches counts, other targets have `method`. The paper's Table 6: `dora`, with `dora-magnitude` in here.
     initialisation: "kaiming" (B = 0) or "pissa": A and B start as W0's largest singular triples. See `pissa`.
     dropout_on: "low-rank" or "faithful"; kernel: "fast" or "reference". See `DoRALinear`.
-    Raises ValueError for values that make no adapter.
+    The targets and patterns are copied. Raises ValueError for values that make no adapter.
     """
 
     method: str
@@ -45,15 +50,17 @@ class AdapterConfig:
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
         if self.method in ("lora", "dora"):
-            if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            if not _is_rank(self.rank):
                 raise ValueError(f"rank must be a whole number of at least 1 for {self.method}, got {self.rank!r}")
-            if self.alpha is None or not 0 < self.alpha < math.inf:
+            if not _is_alpha(self.alpha):
                 raise ValueError(f"alpha must be a number above 0 for {self.method}, got {self.alpha!r}")
         elif self.rank is not None or self.alpha is not None:
             raise ValueError(f"method {self.method!r} has no low-rank matrices: leave rank and alpha out")
-        if not 0 <= self.dropout < 1:
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
-        if isinstance(self.target_modules, str) or not self.target_modules:
+        targets = self.target_modules
+        targets = tuple(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else ()
+        if not targets or not all(isinstance(target, str) for target in targets):
             raise ValueError(
                 f"target_modules must be a list of layer names such as q_proj, v_proj, got {self.target_modules!r}"
             )
@@ -63,11 +70,17 @@ class AdapterConfig:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose {' or '.join(known)}")
         if self.initialisation == "pissa" and self.rank is None:
             raise ValueError(f"initialisation 'pissa' is for lora and dora: method {self.method!r} has no A and B")
+        for name in ("rank_pattern", "alpha_pattern", "method_pattern"):
+            _check_keys(name, getattr(self, name))
+            object.__setattr__(self, name, dict(getattr(self, name)))  # not the caller's, who may change his
         self._check_method_pattern()
-        for name, rank in self.rank_pattern.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"rank_pattern: the rank of {name!r} must be a whole number above 0, got {rank!r}")
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))  # a list from a YAML or JSON file
+        for key, rank in self.rank_pattern.items():
+            if not _is_rank(rank):
+                raise ValueError(f"rank_pattern: the rank of {key!r} must be a whole number above 0, got {rank!r}")
+        for key, alpha in self.alpha_pattern.items():
+            if not _is_alpha(alpha):
+                raise ValueError(f"alpha_pattern: the alpha of {key!r} must be a number above 0, got {alpha!r}")
+        object.__setattr__(self, "target_modules", targets)  # a list from a YAML or JSON file
 
     def _check_method_pattern(self) -> None:
         if self.method_pattern and self.method == "full":
@@ -81,10 +94,6 @@ class AdapterConfig:
                     f"method_pattern: {method} for {key!r} needs a rank and an alpha: take method lora or dora, "
                     f"and name the modules that get {self.method!r} in the pattern"
                 )
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ValueError(f"method_pattern: {key!r} is no regular expression ({error}): correct it") from error
 
     @property
     def scaling(self) -> float:
@@ -99,10 +108,36 @@ class AdapterConfig:
         if method == "frozen":
             return None
         if method not in ("lora", "dora"):
-            return replace(self, method=method, rank=None, alpha=None, method_pattern={}, initialisation="kaiming")
+            return replace(self, method=method, rank=None, alpha=None, initialisation="kaiming", **_NO_PATTERNS)
         rank = _value_for(name, self.rank_pattern, self.rank)
         alpha = _value_for(name, self.alpha_pattern, self.alpha)
-        return replace(self, method=method, rank=rank, alpha=alpha, method_pattern={})
+        return replace(self, method=method, rank=rank, alpha=alpha, **_NO_PATTERNS)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_alpha(value: Any) -> bool:
+    return _is_number(value) and 0 < value < math.inf
+
+
+def _check_keys(name: str, pattern: Any) -> None:
+    """Raise ValueError unless a pattern is a mapping whose keys are regular expressions, alone and as they are used."""
+    if not isinstance(pattern, Mapping):
+        raise ValueError(f"{name} must map the ends of modules' names to values, got {pattern!r}")
+    for key in pattern:
+        if not isinstance(key, str):
+            raise ValueError(f"{name}: the end of a module's name must be a text, got {key!r}")
+        try:
+            re.compile(key)
+            re.compile(_end_of_name(key))  # flags such as (?i) are allowed at the start alone
+        except (re.error, OverflowError) as error:  # OverflowError: a number of repeats that is too large
+            raise ValueError(f"{name}: {key!r} is no regular expression ({error}): correct it") from error
 
 
 def layer_of(name: str) -> int:
@@ -120,7 +155,11 @@ def is_named(name: str, target: str) -> bool:
 
 def fits_pattern(name: str, key: str) -> bool:
     """Whether a pattern's key is the end of a module's name, by PEFT's rule: the whole name, or all after a dot."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return re.match(_end_of_name(key), name) is not None
+
+
+def _end_of_name(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def _value_for(name: str, pattern: dict, default):

@@ -222,10 +222,10 @@ def _read_config(folder: Path, metadata: dict[str, str]) -> AdapterConfig:
         own |= {"use_rslora": bool(settings.get("use_rslora"))}
         own |= {pattern: settings.get(pattern) or {} for pattern in ("rank_pattern", "alpha_pattern")}
     only_m = settings.get("Wdecompose_target_modules")  # NVlabs keeps the two lists apart
-    if only_m and isinstance(own["target_modules"], list):
-        own["target_modules"] = sorted({*own["target_modules"], *only_m})
-        own["method_pattern"] = dict.fromkeys(map(re.escape, only_m), "dora-magnitude")
     try:
+        if only_m and isinstance(own["target_modules"], list):
+            own["target_modules"] = sorted({*own["target_modules"], *only_m})
+            own["method_pattern"] = dict.fromkeys(map(re.escape, only_m), "dora-magnitude")
         return AdapterConfig(method, **own | json.loads(metadata.get(HYBRID_KEY, "{}")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

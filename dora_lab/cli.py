@@ -97,14 +97,18 @@ def sweep(
 
 @app.command()
 def record(profile: ProfileOption = "mini", runs_dir: RunsOption = Path("runs")) -> None:
-    """Copy finished runs, without adapters, to data/results/PROFILE."""
+    """Copy finished runs, without adapters, to data/results/PROFILE; those of a profile it extends are left out."""
     from dora_lab import pipeline
-    from dora_lab.profiles import load_profile
+    from dora_lab.profiles import extended_profiles, load_profile
+    from dora_lab.records import is_done, remove_repeats, run_folder
 
     with told():
-        loaded = load_profile(profile)
-        count = pipeline.record_results(loaded, runs_dir)
-    typer.echo(f"{count} runs recorded in {pipeline.RECORDED / loaded.name}")
+        loaded, extended = load_profile(profile), [one.name for one in extended_profiles(profile)]
+        count, target = pipeline.record_results(loaded, runs_dir), pipeline.RECORDED / loaded.name
+        repeated = remove_repeats(target, [pipeline.RECORDED / name for name in extended])
+    left_out = sum(is_done(run_folder(runs_dir, spec)) for spec in repeated)  # others were recorded earlier
+    but = f"; {left_out} left out that are recorded already, as runs of {' or '.join(extended)}" if left_out else ""
+    typer.echo(f"{count - left_out} runs recorded in {target}{but}")
 
 
 @app.command()
@@ -173,14 +177,19 @@ def allocate(
     """Choose a rank for every module by each criterion at equal parameters; write a profile that extends PROFILE."""
     from dataclasses import replace
 
+    from pydantic import ValidationError
+
     from dora_lab.files import prepare_file, write_text
-    from dora_lab.profiles import load_profile
+    from dora_lab.profiles import explain, load_profile
     from dora_lab.rank_study import allocate_all, profile_text
 
     with told():
         prepare_file(out)
         loaded = load_profile(profile)
-        loaded = replace(loaded, tasks=task or loaded.tasks)
+        try:
+            loaded = replace(loaded, tasks=task or loaded.tasks)
+        except ValidationError as error:
+            raise ValueError(explain(error)) from error
         found = allocate_all(loaded, rank or [2, 4], method, report=typer.echo)
         extends = str(Path(profile).resolve()) if Path(profile).is_file() else profile
         write_text(out, profile_text(out.stem, extends, loaded, method, found))

@@ -33,6 +33,7 @@ Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw"]
 Positive = Annotated[int, Field(ge=1, strict=True)]  # strict: no true, no 1.0
 Natural = Annotated[int, Field(ge=0, strict=True)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
+Some = Field(min_length=1)  # a grid or a sweep of none would have no run to speak of
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -40,10 +41,10 @@ class Profile:
     """Everything that a grid of runs has in common; `steps` and `learning_rate` are given per task.
 
     `alpha = scaling * rank`. `data` and `base_model` are "mini-world" or a folder (relative ones start at the profile's
-    own file; write `./name` for a base model, which may be a hub id as well). `data` may be "llm-adapters" too: the
-    real files, fetched and verified. `evaluation`: "likelihood" scores the candidates, "generate" is the paper's way.
-    `prompt`: "alpaca" is LLM-Adapters' full preamble, "alpaca-short" keeps its two headings only, "alpaca-indented" is
-    the report's.
+    own file, in a variant too; write `./name` for a base model, which may be a hub id as well). `data` may be
+    "llm-adapters" too: the real files, fetched and verified. `evaluation`: "likelihood" scores the candidates,
+    "generate" is the paper's way. `prompt`: "alpaca" is LLM-Adapters' full preamble, "alpaca-short" keeps its two
+    headings only, "alpaca-indented" is the report's.
 
     base_model may be `random:<shape>` too (`dora_lab.shapes`): random weights, with the `tokenizer` of another base or
     folder. revision: commit of a hub id. A step reads `batch_size * gradient_accumulation` examples, `micro_batch_size`
@@ -70,9 +71,9 @@ class Profile:
     summary: str
     base_model: str
     data: str
-    tasks: list[str]
-    methods: list[Method]
-    seeds: list[Natural]
+    tasks: Annotated[list[str], Some]
+    methods: Annotated[list[Method], Some]
+    seeds: Annotated[list[Natural], Some]
     rank: Positive
     scaling: Annotated[float, Field(gt=0)]
     target_modules: list[str]
@@ -83,8 +84,8 @@ class Profile:
     batch_size: Positive
     warmup_steps: Natural
     learning_rate: dict[Method, dict[str, Rate]]
-    learning_rate_grid: list[Rate]
-    sweep_seeds: list[Natural]
+    learning_rate_grid: Annotated[list[Rate], Some]
+    sweep_seeds: Annotated[list[Natural], Some]
     evaluation_batch_size: Positive
     gradient_accumulation: Positive = 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -183,39 +184,55 @@ def known_profiles() -> list[str]:
 def load_profile(name_or_path: str | Path) -> Profile:
     """Read and check a profile, by its name or by the path of a YAML file.
 
-    Raises ValueError: no such profile, not YAML, a key that is missing, unknown or has a wrong value.
+    Raises ValueError: no such profile, not YAML, a key that is missing, unknown or has a wrong value, profiles that
+    extend each other.
     """
+    return _load_chain(name_or_path)[0]
+
+
+def extended_profiles(name_or_path: str | Path) -> list[Profile]:
+    """The profiles that this one extends, the nearest first; none for most. Raises what `load_profile` raises."""
+    return _load_chain(name_or_path)[1:]
+
+
+def _load_chain(name_or_path: str | Path, above: tuple[Path, ...] = ()) -> list[Profile]:
+    """The profile and those that it extends, the nearest first. above: the files that were read on the way to it."""
     path = Path(name_or_path) if str(name_or_path).endswith((".yaml", ".yml")) else FOLDER / f"{name_or_path}.yaml"
     if not path.is_file():
         raise ValueError(
             f"unknown profile {str(name_or_path)!r}: choose one of {', '.join(known_profiles())}, "
             "or give the path of a .yaml file"
         )
+    files = (*above, path.resolve())
+    if path.resolve() in above:
+        circle = " -> ".join(map(str, files[above.index(path.resolve()) :]))
+        raise ValueError(f"profiles extend each other in a circle: {circle}; take one `extends` out")
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}; correct the file") from error
+    under = []
+    if isinstance(values, dict) and "extends" in values:
+        base = values.pop("extends")
+        under = _load_chain(_beside(path, base) if str(base).endswith((".yaml", ".yml")) else base, files)
+        own = {field.name: getattr(under[0], field.name) for field in fields(Profile)}
+        values = _over(own | {"variants": {}}, values)
     try:
-        values = _extended(path, values)
         profile = TypeAdapter(Profile).validate_python(values)
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error)}; correct the file") from error
-    base, tokenizer = (
-        _beside(path, name) if name and name.startswith((".", "~")) else name
-        for name in (profile.base_model, profile.tokenizer)
-    )
-    data = profile.data if profile.data in NAMED_DATA else _beside(path, profile.data)
-    return replace(profile, base_model=base, tokenizer=tokenizer, data=data)
+    variants = {name: own | _resolved(path, own) for name, own in profile.variants.items()}
+    places = {key: getattr(profile, key) for key in ("base_model", "tokenizer", "data")}
+    return [replace(profile, variants=variants, **_resolved(path, places)), *under]
 
 
-def _extended(path: Path, values: Any) -> Any:
-    """A profile's values over those of the profile that its key `extends` names, by name or by a path beside it."""
-    if not isinstance(values, dict) or "extends" not in values:
-        return values
-    base = values.pop("extends")
-    base = _beside(path, base) if str(base).endswith((".yaml", ".yml")) else base
-    under = load_profile(base)
-    return _over({field.name: getattr(under, field.name) for field in fields(under)} | {"variants": {}}, values)
+def _resolved(path: Path, values: dict) -> dict[str, str]:
+    """The folders among a profile's or a variant's values, relative to the profile's own file."""
+    found = {key: values.get(key) for key in ("base_model", "tokenizer")}
+    found = {key: name for key, name in found.items() if name and name.startswith((".", "~"))}
+    if values.get("data", NAMED_DATA[0]) not in NAMED_DATA:
+        found["data"] = values["data"]
+    return {key: _beside(path, name) for key, name in found.items()}
 
 
 def _over(values: dict, own: dict) -> dict:

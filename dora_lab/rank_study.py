@@ -4,10 +4,12 @@ The measured criteria read training data alone, of all tasks of the profile toge
 them all; no question of a validation or test split decides anything.
 """
 
+import math
 import random
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
+import yaml
 from torch import Tensor
 
 from dora_lab.data import load_examples, tokenized
@@ -112,10 +114,11 @@ def profile_text(name: str, extends: str, profile: Profile, method: str, allocat
     Uniform ranks have no pattern, so that their runs are those of the profile that is extended; at its own rank they
     are the plain runs. A criterion that allots uniform ranks has no variant.
     """
+    names = {"extends": extends, "name": name}
     lines = [
         "# Made by `dora-lab allocate`, from the base's weights and training data alone. See dora_lab/rank_study.py.",
-        f"extends: {extends}",
-        f"name: {name}",
+        # quoted where YAML would read a number or a date
+        *yaml.safe_dump(names, sort_keys=False, allow_unicode=True, width=math.inf).splitlines(),
         f"summary: ranks by criterion at equal trainable parameters, with controls; {', '.join(profile.tasks)}",
         f"tasks: [{', '.join(profile.tasks)}]",
         f"methods: [{method}]",

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import platform
+import shutil
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -114,6 +115,22 @@ def read_records(profile_folder: Path) -> tuple[list[RunRecord], list[str]]:
         )
     )
     return records, damaged
+
+
+def remove_repeats(profile_folder: Path, others: Iterable[Path]) -> list[RunSpec]:
+    """Take away the finished runs that one of the folders `others` has too, under other names; says which they were.
+
+    Of a profile that extends another, the plain runs are such: all but the names of profile and variant is the same.
+    """
+
+    def identity(record: RunRecord) -> str:
+        return dataclasses.replace(record.spec, variant=None).run_id
+
+    known = {identity(record) for other in others if other != profile_folder for record in read_records(other)[0]}
+    repeated = [record.spec for record in read_records(profile_folder)[0] if identity(record) in known]
+    for spec in repeated:
+        shutil.rmtree(profile_folder / spec.run_id)
+    return repeated
 
 
 def made_on(records: Iterable[RunRecord]) -> str:

@@ -27,9 +27,7 @@ class Shape:
 
     def __post_init__(self):
         for field in ("vocabulary", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"shape {self.name}: {field} must be a whole number above 0, got {value!r}")
+            _check_count(self.name, field, getattr(self, field))
         if self.heads % self.kv_heads:
             raise ValueError(f"shape {self.name}: {self.heads} heads do not share {self.kv_heads} key and value heads")
 
@@ -37,15 +35,20 @@ class Shape:
     def of(cls, config: Any, name: str = "") -> "Shape":
         """From a transformers configuration, or the mapping in its config.json.
 
-        Raises ValueError for a model that is not of the Llama family.
+        Raises ValueError for a model that is not of the Llama family, or sizes that make none.
         """
+        if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+            raise ValueError(f"a configuration is a mapping, got {config!r:.80}: give that of a Llama model")
         values = config if isinstance(config, Mapping) else config.to_dict()
         if values.get("model_type") != "llama":
             raise ValueError(f"the planner knows Llama models, got model_type {values.get('model_type')!r}")
         try:
+            name = name or values.get("_name_or_path") or "llama"
             hidden, heads = values["hidden_size"], values["num_attention_heads"]
+            for field, value in (("hidden", hidden), ("heads", heads)):  # before one is divided by the other
+                _check_count(name, field, value)
             return cls(
-                name or values.get("_name_or_path") or "llama",
+                name,
                 vocabulary=values["vocab_size"],
                 hidden=hidden,
                 intermediate=values["intermediate_size"],
@@ -88,6 +91,11 @@ class Shape:
         return self.layers * self.layer_parameters + self.outer_parameters
 
 
+def _check_count(name: str, field: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"shape {name}: {field} must be a whole number above 0, got {value!r}")
+
+
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -104,7 +112,7 @@ SHAPES = {
 def find_shape(name: str) -> Shape:
     """A shape by its name in `SHAPES`, with or without `random:` before it, or that of a folder with a config.json.
 
-    Raises ValueError for a name that is neither.
+    Raises ValueError for a name that is neither, or a file that is no Llama's.
     """
     known = SHAPES.get(name.removeprefix("random:"))
     if known is not None:
@@ -113,6 +121,10 @@ def find_shape(name: str) -> Shape:
     if not file.is_file():
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(SHAPES)}, or a folder with a config.json")
     try:
-        return Shape.of(json.loads(file.read_text()), file.parent.name)
-    except json.JSONDecodeError as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON or broken UTF-8
         raise ValueError(f"{file} is not JSON ({error}): copy the model's configuration anew") from error
+    try:
+        return Shape.of(config, file.parent.name)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error

@@ -398,6 +398,8 @@ def test_merging_in_the_wrong_state_is_an_error():
 
 # --- Errors ---
 
+LOW = {"method": "dora", "rank": 2, "alpha": 4}
+
 
 @pytest.mark.parametrize(
     ("values", "message"),
@@ -416,11 +418,32 @@ def test_merging_in_the_wrong_state_is_an_error():
         ({"method": "full", "dropout": -0.1}, "dropout must be at least 0"),
         ({"method": "full", "target_modules": "q_proj"}, "must be a list of layer names .* got 'q_proj'"),
         ({"method": "full", "target_modules": []}, "must be a list of layer names"),
+        ({"method": "full", "target_modules": [1]}, r"must be a list of layer names .* got \[1\]"),
+        ({"method": "full", "target_modules": 5}, "must be a list of layer names .* got 5"),
+        ({"method": "full", "dropout": "x"}, "dropout must be at least 0 and below 1, got 'x'"),
+        ({"method": "dora", "rank": 2, "alpha": "x"}, "alpha must be a number above 0 for dora, got 'x'"),
+        (LOW | {"rank_pattern": {"q_proj": 0}}, "rank_pattern: the rank of 'q_proj' must be a whole number above 0"),
+        (LOW | {"alpha_pattern": {"q_proj": -1}}, "alpha_pattern: the alpha of 'q_proj' must be a number above 0"),
+        (LOW | {"alpha_pattern": {"q_proj": "x"}}, "alpha of 'q_proj' must be a number above 0, got 'x'"),
     ],
 )
 def test_a_configuration_that_makes_no_adapter_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         AdapterConfig(**values)
+
+
+@pytest.mark.parametrize(("pattern", "value"), [("rank_pattern", 4), ("alpha_pattern", 8), ("method_pattern", "lora")])
+def test_patterns_are_checked_alike_and_are_the_configurations_own(pattern, value):
+    for key in ("(", "(?i)q_proj", "q{99999999999999999999}"):  # a flag is no error until it is behind the name's begin
+        with pytest.raises(ValueError, match=f"{pattern}: .* is no regular expression"):
+            AdapterConfig(**LOW, **{pattern: {key: value}})
+    for wrong, message in (([1], "must map the ends of modules' names"), ({1: value}, "must be a text, got 1")):
+        with pytest.raises(ValueError, match=f"{pattern}.*{message}"):
+            AdapterConfig(**LOW, **{pattern: wrong})
+    given = {"v_proj": value, "q_proj": value}
+    config = AdapterConfig(**LOW, **{pattern: given})
+    given["("] = "anything"
+    assert list(getattr(config, pattern)) == ["v_proj", "q_proj"]  # of these the first that fits counts
 
 
 def test_scaling_is_alpha_over_rank():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ import yaml
 from typer import Exit
 from typer.testing import CliRunner
 
+from dora_lab import pipeline
 from dora_lab.cli import app
 from dora_lab.exits import told
 from dora_lab.profiles import known_profiles, load_profile
-from dora_lab.records import read_records
+from dora_lab.records import RunRecord, RunResult, read_records, run_folder, write_record
+from dora_lab.specs import RunSpec
 
 COMMAND = str(Path(sys.executable).with_name("dora-lab"))
 
@@ -52,6 +55,49 @@ def test_what_does_not_exist_is_refused_with_exit_code_2(tmp_path, arguments, na
 def test_recording_without_runs_says_what_to_run_first(tmp_path):
     done = _call("record", "--profile", "smoke", "--runs-dir", tmp_path)
     assert done.returncode == 2 and "dora-lab reproduce" in done.stderr
+
+
+def finished(runs: Path, spec: RunSpec, score: float = 0.5) -> None:
+    """A run as the store has it, without doing it."""
+    zeros = {f.name: 0 for f in fields(RunResult) if f.default is MISSING}
+    result = RunResult(**zeros | {"accuracy": score, "resumed": False})
+    folder = run_folder(runs, spec)
+    folder.mkdir(parents=True)
+    write_record(folder, RunRecord(spec, result, {}))
+
+
+def recorded(runs: Path, profile: Path) -> str:
+    done = CliRunner().invoke(app, ["record", "--profile", str(profile), "--runs-dir", str(runs)])
+    assert done.exit_code == 0, done.output
+    return done.output.strip()
+
+
+def test_recording_says_where_the_records_are(tiny_profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "RECORDED", tmp_path / "results")
+    finished(tmp_path / "runs", RunSpec.from_profile(load_profile(tiny_profile), "boolq", "lora"))
+    assert recorded(tmp_path / "runs", tiny_profile) == f"1 runs recorded in {tmp_path / 'results' / 'tiny'}"
+
+
+def test_runs_of_the_extended_profile_are_not_recorded_a_second_time(tiny_profile, tmp_path, monkeypatch):
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    monkeypatch.setattr(pipeline, "RECORDED", results)
+    middle, path = tmp_path / "middle.yaml", tmp_path / "own.yaml"
+    middle.write_text(f"extends: {tiny_profile}\nname: middle\n")
+    path.write_text("extends: middle.yaml\nname: own\nvariants: {same: {rank: 1}, short: {cutoff_tokens: 9}}\n")
+    own, tiny = load_profile(path), load_profile(tiny_profile)
+    for variant in (None, "same", "short"):
+        finished(runs, RunSpec.from_profile(own, "boolq", "lora", variant=variant))
+    assert recorded(runs, path) == f"3 runs recorded in {results / 'own'}"  # those of tiny are not recorded yet
+    for rank in (2, 1):
+        finished(runs, RunSpec.from_profile(tiny, "boolq", "lora", rank=rank))
+    recorded(runs, tiny_profile)
+    said = f"1 runs recorded in {results / 'own'}; 2 left out that are recorded already, as runs of middle or tiny"
+    assert recorded(runs, path) == said
+    assert [record.spec.variant for record in read_records(results / "own")[0]] == ["short"]
+    assert len(read_records(results / "tiny")[0]) == 2
+
+    path.write_text(f"extends: {tiny_profile}\nsummary: of the same name, so the same runs\n")
+    assert recorded(runs, path) == f"2 runs recorded in {results / 'tiny'}"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -154,6 +200,18 @@ def test_spectra_of_a_models_folder_are_written_and_gone_on_with(tiny_base, tmp_
 def test_spectra_need_a_folder():
     done = _call("spectra", "--model", "yahma/llama-7b-hf")
     assert done.returncode == 2 and "is no folder: fetch the model" in done.stderr
+
+
+def test_allocating_for_an_unknown_task_says_which_there_are(tmp_path):
+    done = _call("allocate", tmp_path / "own.yaml", "--task", "nope")
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown task 'nope': choose one of")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_plan_for_what_is_no_model_names_the_file(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    done = _call("plan", "--model", tmp_path)
+    assert done.returncode == 2 and f"error: {tmp_path / 'config.json'}: a configuration is a mapping" in done.stderr
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The memory plan: counts against built models, kept and peak bytes against measurements, and what it says."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -248,10 +249,31 @@ def test_what_makes_no_shape_is_refused(tmp_path):
         Shape.of({"model_type": "gpt2"})
     with pytest.raises(ValueError, match="has no 'hidden_size'"):
         Shape.of({"model_type": "llama"})
+    with pytest.raises(ValueError, match=r"a configuration is a mapping, got \[\]"):
+        Shape.of([])
     with pytest.raises(ValueError, match="unknown model 'llama-8b'"):
         find_shape("llama-8b")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
+        find_shape(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([], r"a configuration is a mapping, got \[\]"),
+        ({"num_attention_heads": 0}, "heads must be a whole number above 0, got 0"),
+        ({"num_attention_heads": "4"}, "heads must be a whole number above 0, got '4'"),
+        ({"hidden_size": None}, "hidden must be a whole number above 0, got None"),
+        ({"num_key_value_heads": "2"}, "kv_heads must be a whole number above 0, got '2'"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+    ],
+)
+def test_a_configuration_that_makes_no_shape_is_named(tmp_path, config, message):
+    values = json.loads((MINI_WORLD / "config.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values | config if isinstance(config, dict) else config))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*{message}"):
         find_shape(str(tmp_path))
 
 

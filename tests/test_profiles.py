@@ -1,12 +1,13 @@
 """Profiles: the shipped ones are sound, and every mistake in one is named."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import yaml
 
 from dora_lab.adapters import METHODS
-from dora_lab.profiles import FOLDER, Method, known_profiles, load_profile
+from dora_lab.profiles import FOLDER, Method, extended_profiles, known_profiles, load_profile
 
 
 def test_the_shipped_profiles_load_and_cover_their_own_grid():
@@ -48,6 +49,11 @@ def _write(tmp_path, tiny_profile, **changes):
         ({"prompt": "chat"}, "prompt: .*'alpaca'.*got 'chat'"),
         ({"learning_rate": {"lora": {"boolq": -1.0}}}, "learning_rate.lora.boolq: .*got -1.0"),
         ({"tasks": ["boolq", "bool-q"]}, "unknown task 'bool-q'"),
+        ({"tasks": []}, r"tasks: .*at least 1 item.*got \[\]"),
+        ({"methods": []}, "methods: .*at least 1 item"),
+        ({"seeds": []}, "seeds: .*at least 1 item"),
+        ({"sweep_seeds": []}, "sweep_seeds: .*at least 1 item"),
+        ({"learning_rate_grid": []}, "learning_rate_grid: .*at least 1 item"),
         ({"steps": {"boolq": 3}}, "steps has no entry for the task.* hellaswag, winogrande"),
     ],
 )
@@ -78,6 +84,23 @@ def test_relative_folders_start_at_the_profiles_own_file(tmp_path, tiny_profile,
     monkeypatch.chdir("/")
     profile = load_profile(path)
     assert (profile.base_model, profile.data) == (str(tmp_path / "base"), str(tmp_path / "tasks"))
+
+
+def test_relative_folders_of_a_variant_start_at_the_profiles_own_file_too(tmp_path, tiny_profile, monkeypatch):
+    places = {"base_model": "./base", "tokenizer": "./words", "data": "tasks"}
+    other = {"base_model": "yahma/llama-7b-hf", "data": "mini-world", "rank": 1}
+    path = _write(tmp_path, tiny_profile, variants={"moved": places, "other": other, "none": {"tokenizer": None}})
+    above = tmp_path / "above" / "own.yaml"
+    above.parent.mkdir()
+    above.write_text("extends: ../changed.yaml\nname: own\nvariants: {own: {data: ./tasks}}\n")
+    monkeypatch.chdir("/")
+    profile = load_profile(path)
+    moved = {key: str(tmp_path / name) for key, name in (("base_model", "base"), ("tokenizer", "words"))}
+    assert profile.variants == {"moved": moved | {"data": str(tmp_path / "tasks")}, "other": other} | {
+        "none": {"tokenizer": None}
+    }
+    assert profile.variant("moved").data == str(tmp_path / "tasks")
+    assert load_profile(above).variants == {"own": {"data": str(tmp_path / "above" / "tasks")}}
 
 
 def test_a_hub_id_stays_a_hub_id(tmp_path, tiny_profile):
@@ -127,6 +150,22 @@ def test_a_profile_may_extend_a_file_beside_it(tmp_path, tiny_profile):
     path = tiny_profile.parent / "own.yaml"
     path.write_text(f"extends: {tiny_profile.name}\nname: own\nrank: 3\n")
     assert load_profile(path) == replace(load_profile(tiny_profile), name="own", rank=3)
+
+
+def test_the_profiles_that_one_extends_come_nearest_first(tmp_path):
+    (tmp_path / "one.yaml").write_text("extends: mini\nname: one\n")
+    (tmp_path / "two.yaml").write_text("extends: one.yaml\nname: two\n")
+    assert extended_profiles("mini") == []
+    assert extended_profiles(tmp_path / "two.yaml") == [load_profile(tmp_path / "one.yaml"), load_profile("mini")]
+
+
+def test_profiles_that_extend_each_other_are_named(tmp_path):
+    for name, base in (("self", "self"), ("a", "b"), ("b", "a"), ("into", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {base}.yaml\nname: {name}\n")
+    for name, circle in (("self", "self self"), ("a", "a b a"), ("into", "a b a")):
+        files = " -> ".join(str(tmp_path / f"{part}.yaml") for part in circle.split())
+        with pytest.raises(ValueError, match=f"extend each other in a circle: {re.escape(files)}; take one"):
+            load_profile(tmp_path / f"{name}.yaml")
 
 
 def test_a_variant_is_the_profile_with_its_own_values(tmp_path, tiny_profile):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dora_lab.pipeline import RECORDED, grid
-from dora_lab.profiles import PROJECT, load_profile
+from dora_lab.profiles import FOLDER, PROJECT, load_profile
 from dora_lab.rank_figures import (
     accuracy_by_budget,
     accuracy_by_budget_alt,
@@ -115,6 +115,22 @@ def test_the_profile_that_is_written_is_the_allocations_that_were_made(tiny_prof
     assert "stable-rank-1" not in own.variants  # at rank 1 there is nothing to allot
     spec = RunSpec.from_profile(own, "boolq", "dora", variant="stable-rank-3")
     assert spec.alpha_pattern == found["stable_rank", 3].alpha_pattern
+
+
+@pytest.mark.parametrize("name", ["2024", "2024-05-01", "null", "a: b", "[c", "d #e", "ü" * 90])
+def test_a_name_is_read_back_as_the_name_that_was_written(tiny_profile, tmp_path, name):
+    base = tmp_path / f"{name}.yaml"  # a path of such words as well
+    base.write_text(tiny_profile.read_text())
+    for extends in (str(base), base.name):
+        (tmp_path / "own.yaml").write_text(profile_text(name, extends, load_profile(base), "dora", {}) + "  {}\n")
+        assert load_profile(tmp_path / "own.yaml").name == name
+
+
+def test_the_committed_profile_begins_as_it_is_written(study):
+    committed = (FOLDER / f"{STUDY}.yaml").read_text()
+    assert committed.startswith(
+        profile_text(STUDY, "mini", replace(load_profile("mini"), tasks=study.tasks), "dora", {})
+    )
 
 
 def test_batches_are_of_all_tasks_and_no_validation_or_test_question(tiny_profile, tiny_base):
