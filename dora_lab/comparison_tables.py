@@ -12,6 +12,7 @@ from dora_lab.comparisons import (
     PRIMARY,
     Runs,
     by_seed,
+    corrected_wording,
     difference_p_value,
     holm,
     macro_difference,
@@ -42,7 +43,7 @@ def difference_intervals(answers: Answers, first: str = "dora", second: str = "l
 
 
 def comparison_table(answers: Answers, first: str = "dora", second: str = "lora") -> pd.DataFrame:
-    """One row a task: difference in points with its 95 % limits, p, p after Holm, what it lets one say, equivalence.
+    """One row a task: difference in points with its 95 % limits, p, p after Holm, what that lets one say, equivalence.
 
     Limits and p draw seeds and questions together. `within 1 point` asks whether a difference of less than `MARGIN`
     is shown, by two one-sided tests at 5 %.
@@ -51,11 +52,12 @@ def comparison_table(answers: Answers, first: str = "dora", second: str = "lora"
     draws = {task: paired_draws(one[task], other[task]) for task in one}
     p_values = {task: difference_p_value(draw) for task, draw in draws.items()}
     adjusted, rows = holm(p_values), []
+    said = corrected_wording({task: draw.interval() for task, draw in draws.items()}, adjusted)
     for task, draw in draws.items():
         found = draw.interval()
         row = {"task": TASK_NAMES[task], "seeds": found.seeds, "questions": found.items}
         row |= {"points": 100 * found.estimate, "low": 100 * found.low, "high": 100 * found.high}
-        row |= {"p": p_values[task], "p (Holm)": adjusted[task], "said": wording(found)}
+        row |= {"p": p_values[task], "p (Holm)": adjusted[task], "said": said[task]}
         rows.append(row | {f"within {100 * MARGIN:g} point": within(draw.interval(0.90), MARGIN)})
     return pd.DataFrame(rows)
 
@@ -115,7 +117,7 @@ def comparison_notes(answers: Answers) -> list[str]:
         f"{said if said.startswith('no') else f'DoRA is {said}'}."
     ]
     adjusted = ", ".join(f"{row['task']} {row['p (Holm)']:.2f}" for _, row in table.iterrows())
-    wins, ties, losses = win_tie_loss(found.values())
+    wins, ties, losses = win_tie_loss(table["said"])
     notes.append(
         f"Tasks on which DoRA is ahead: {wins}; not told apart: {ties}; behind: {losses}. "
         f"p after Holm's correction over tasks: {adjusted}."

@@ -129,9 +129,18 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(p_values, multipletests(list(p_values.values()), method="holm")[1].tolist(), strict=True))
 
 
-def win_tie_loss(differences: Iterable[Interval]) -> tuple[int, int, int]:
-    """How many of the differences lie above 0, cannot be told from 0, and lie below it, by their intervals."""
-    said = [wording(one) for one in differences]
+def corrected_wording(
+    differences: Mapping[str, Interval], adjusted: Mapping[str, float], level: float = 0.05
+) -> dict[str, str]:
+    """What each of several differences lets one say with all counted in: `wording`, if `holm`'s p is below `level`."""
+    return {
+        name: wording(one) if adjusted[name] < level else "no difference shown" for name, one in differences.items()
+    }
+
+
+def win_tie_loss(said: Iterable[str]) -> tuple[int, int, int]:
+    """How many differences lie above 0, cannot be told from 0, and lie below it, by their wordings."""
+    said = list(said)
     return said.count("ahead"), said.count("no difference shown"), said.count("behind")
 
 

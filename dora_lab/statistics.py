@@ -195,7 +195,8 @@ def paired_difference(
     Arguments: {seed: {example id: answered right}} of two methods on one task. Seeds that only one of them has are left
     out (`seeds` of the result counts the pairs). The limits are percentiles of a bootstrap that draws seeds and
     questions together, each with replacement. A bootstrap of k seeds is too narrow for small k, so the weights of the
-    seeds are spread by √(k / (k - 1)) · t(k - 1) / z: if all questions agreed, these would be Student's t limits.
+    seeds are spread by √(k / (k - 1)) · t(k - 1) / z: if all questions agreed, the draws would be spread as Student's t
+    limits are. The limits are percentiles, not mirrored: seeds that lie to one side pull both of them there.
     With one common seed only questions are drawn: the result then speaks of two trained models, not of two methods.
 
     Raises ValueError if there is no common seed, or the two answered different questions.

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dora_lab.statistics import Interval, paired_difference, seed_interval, wording
+from dora_lab.comparisons import corrected_wording, difference_p_value, holm
+from dora_lab.statistics import Interval, paired_draws, seed_interval, wording
 
 METHOD_NAMES = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning", "dora-magnitude": "DoRA (m only)"}
 TASK_NAMES = {
@@ -160,15 +161,18 @@ def results_notes(table: pd.DataFrame, published: Mapping | None = None) -> list
 def difference_notes(answers: Mapping[tuple[str, str], Mapping[int, Mapping[str, bool]]]) -> list[str]:
     """What DoRA minus LoRA comes to on each task, paired by seed and question, in percentage points.
 
+    A task is called ahead or behind only if it is with all tasks counted in, by Holm's correction.
     `answers`: (task, method) -> seed -> {example id: answered right}. Tasks that lack one of the two are passed over.
     """
-    notes = []
+    notes, draws = [], {}
     for task, name in TASK_NAMES.items():
         dora, lora = answers.get((task, "dora"), {}), answers.get((task, "lora"), {})
-        if not set(dora) & set(lora):
-            continue
-        found = paired_difference(dora, lora)
-        said = wording(found)
+        if set(dora) & set(lora):
+            draws[name] = paired_draws(dora, lora)
+    intervals = {name: one.interval() for name, one in draws.items()}
+    corrected = corrected_wording(intervals, holm({name: difference_p_value(one) for name, one in draws.items()}))
+    for name, found in intervals.items():
+        said = corrected[name] if corrected[name] == wording(found) else f"{corrected[name]}, all tasks counted in"
         runs = f"{found.seeds} seeds" if found.seeds > 1 else "1 seed: it speaks of two runs, not of two methods"
         notes.append(
             f"DoRA minus LoRA on {name}: {100 * found.estimate:+.1f} points, 95 % interval "

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from dora_lab.claims import (
     write_claims,
 )
 from dora_lab.profiles import PROJECT
+from dora_lab.statistics import Interval
 from dora_lab.tables import read_published
 
 CLAIMS = read_claims()
@@ -220,6 +222,7 @@ def test_without_the_reports_files_their_claims_are_not_testable(tmp_path, monke
         "same-prompt",
         "answers-are-trained",
         "full-data-winogrande",
+        "full-data-hellaswag",
     )
     for finding in run_claims([claim for claim in CLAIMS if claim.id in need]):
         assert finding.outcome.verdict == "not testable here"
@@ -250,7 +253,11 @@ def test_printed_accuracies_close_together_are_not_told_apart(monkeypatch):
     monkeypatch.setattr(report_runs, "reported", lambda whose, method: {"boolq": 63.5 if method == "lora" else 63.6})
     assert report_runs.ahead_by_counts(claimed).verdict == "depends"
     monkeypatch.setattr(report_runs, "reported", lambda whose, method: {"boolq": 63.5 if method == "dora" else 63.6})
+    assert report_runs.ahead_by_counts(claimed).verdict == "depends"
+    monkeypatch.setattr(report_runs, "reported", lambda whose, method: {"boolq": 3.5 if method == "dora" else 93.6})
     assert report_runs.ahead_by_counts(claimed).verdict == "does not hold"
+    monkeypatch.setattr(report_runs, "reported", lambda whose, method: {"boolq": 3.5 if method == "lora" else 93.6})
+    assert report_runs.ahead_by_counts(claimed).verdict == "depends"  # what could not be read is not known
 
 
 def test_a_larger_gpu_changes_nothing_about_the_examples():
@@ -365,6 +372,55 @@ def test_the_verdicts_of_the_geometry_follow_its_rows(monkeypatch, slopes, noise
     assert mini_runs.more_like_full({}).verdict == nearer
     assert mini_runs.varies_more({"more": "full", "less": "lora"}).verdict == varies
     assert mini_runs.geometry({"method": "full", "correlation": -0.62}).verdict == sign
+
+
+def test_to_vary_more_than_full_fine_tuning_is_not_to_be_nearer_to_it(monkeypatch):
+    over = {"full": 0.4, "lora": 0.2, "dora": 9.0}  # 1 - r² of about 0.1, 0.05 and 0.9
+    near = {"full": 9.0, "lora": 0.2, "dora": 9.0}
+    for noise, verdict in ((over, "does not hold"), (near, "holds")):
+        rows = geometry_rows(dict.fromkeys(noise, 1), noise)
+        monkeypatch.setattr(mini_runs, "_geometry", lambda rows=rows: {"boolq": rows})
+        assert mini_runs.variance_nearer_to_full({}).verdict == verdict
+
+
+@pytest.mark.parametrize(("room", "verdict"), [(36, "holds"), (40, "depends")])
+def test_one_micro_batch_that_nearly_fills_the_gpu_is_enough(room, verdict):
+    assert counts.nearly_full({"gigabytes": room, "from_share": 0.9}).verdict == verdict
+
+
+@pytest.mark.parametrize(("margin", "verdict"), [(1, "depends"), (100, "holds")])
+def test_that_no_fault_moves_the_comparison_is_shown_within_a_margin(monkeypatch, margin, verdict):
+    turns = [Interval(0.01, -0.2, 0.22, seeds=3), Interval(0.0, -0.001, 0.001, seeds=3)]
+    made = [SimpleNamespace(turn=turn, seeds=(0, 1, 2)) for turn in turns]
+    monkeypatch.setattr(mini_faults, "_effects", lambda: made)
+    monkeypatch.setattr(mini_faults, "uneven", lambda several: [])
+    assert mini_faults.comparison_stays({"level": 0.05, "within_points": margin}).verdict == verdict
+
+
+def test_another_file_than_the_pinned_one_is_not_here_and_ends_nothing(monkeypatch):
+    def refused(method):
+        raise ValueError("outputs.json is not the pinned file")
+
+    monkeypatch.setattr(report_runs, "read_outputs", refused)
+    (finding,) = run_claims([claim for claim in CLAIMS if claim.id == "winogrande-ahead"])
+    assert finding.outcome.verdict == "not testable here" and "not the pinned file" in finding.outcome.measured_on
+
+
+@pytest.mark.parametrize("lost", [0, 7])
+def test_a_shortfall_has_another_explanation_where_answers_are_cut(monkeypatch, lost):
+    lengths = [300] * lost + [100] * 10
+    monkeypatch.setattr(report_runs, "_examples", lambda name: (lengths, "made"))
+    monkeypatch.setattr(report_runs, "_tokenizer", lambda: None)
+    monkeypatch.setattr(report_runs, "token_counts", lambda tokenizer, examples: examples)
+    (finding,) = run_claims([claim for claim in CLAIMS if claim.id == "full-data-hellaswag"])
+    assert finding.outcome.verdict == ("depends" if lost else "not testable here")
+
+
+def test_the_committed_page_has_every_claim_once_and_counts_its_verdicts():
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][2:]
+    assert sorted(row.split(" | ")[0].removeprefix("| ") for row in rows) == sorted(claim.claim for claim in CLAIMS)
+    for verdict in VERDICTS:
+        assert f"- {verdict} ({sum(f'| **{verdict}** |' in row for row in rows)}): " in PAGE.read_text()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from dora_lab.comparisons import (
     Pairs,
     by_seed,
+    corrected_wording,
     count_pairs,
     difference_p_value,
     holm,
@@ -154,9 +155,16 @@ def test_p_value_where_nothing_differs_is_one():
     assert difference_p_value(macro_draws({"t": same}, {"t": same})) == pytest.approx(1, abs=1e-3)
 
 
-def test_win_tie_loss_goes_by_the_intervals():
+def test_win_tie_loss_goes_by_the_intervals_and_by_holm():
     found = [Interval(0.1, 0.02, 0.2), Interval(0.1, -0.01, 0.2), Interval(-0.1, -0.2, -0.01), Interval(0.0, 0.0, 0.0)]
-    assert win_tie_loss(found) == (1, 2, 1)
+    differences = dict(zip("abcd", found, strict=True))
+    said = corrected_wording(differences, {"a": 0.01, "b": 0.2, "c": 0.04, "d": 1.0})
+    assert win_tie_loss(said.values()) == (1, 2, 1)
+    assert win_tie_loss(corrected_wording(differences, {"a": 0.06, "b": 0.2, "c": 0.04, "d": 1.0}).values()) == (
+        0,
+        3,
+        1,
+    )
 
 
 # --- equivalence ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dora_lab.claims.ledger import NotHere, Outcome, verdict_by, verdict_of
-from dora_lab.comparisons import by_seed, difference_p_value, holm, macro_difference, win_tie_loss
+from dora_lab.comparisons import by_seed, corrected_wording, difference_p_value, holm, macro_difference, win_tie_loss
 from dora_lab.files import read_lines
 from dora_lab.geometry_figures import correlations_by_seed, geometry_correlations
 from dora_lab.pipeline import RECORDED, answers_of, of_profile
@@ -29,7 +29,6 @@ from dora_lab.statistics import (
 from dora_lab.tables import METHOD_NAMES, TASK_NAMES
 
 PROFILE = "mini"
-NO_DIFFERENCE = Interval(0.0, 0.0, 0.0)
 Answers = dict[str, dict[int, dict[str, bool]]]  # task -> seed -> {example id: answered right}
 
 
@@ -39,8 +38,7 @@ def ahead_on_every_task(claimed: Mapping[str, Any]) -> Outcome:
     draws = {task: paired_draws(dora[task], lora[task]) for task in dora}
     adjusted = holm({task: difference_p_value(one) for task, one in draws.items()})
     found = {task: one.interval() for task, one in draws.items()}
-    clear = [one if adjusted[task] < claimed["level"] else NO_DIFFERENCE for task, one in found.items()]
-    wins, ties, losses = win_tie_loss(clear)
+    wins, ties, losses = win_tie_loss(corrected_wording(found, adjusted, claimed["level"]).values())
     parts = [f"{TASK_NAMES[task]} {in_points(one)} points, p {adjusted[task]:.2f}" for task, one in found.items()]
     number = f"{wins} won, {ties} not told apart, {losses} lost: {'; '.join(parts)}"
     verdict = "holds" if wins == len(found) else "does not hold" if losses else "depends"
@@ -72,13 +70,15 @@ def ahead_at_low_ranks(claimed: Mapping[str, Any]) -> Outcome:
     verdict = {"ahead": "holds" if leading else "depends", "behind": "does not hold"}.get(wording(change), "depends")
     leads = [f"rank {rank} {in_points(one)}" for rank, one in found.items()]
     number = f"{in_points(change)} points larger: {wording(change)}; {', '.join(leads)}"
-    return Outcome(verdict, number, _what(found))
+    return Outcome(verdict, number, f"{_what(found)}, {_rates()}")
 
 
 def half_the_rank(claimed: Mapping[str, Any]) -> Outcome:
     """DoRA at half of LoRA's rank against LoRA: macro-average."""
     low, high = claimed["ranks"]
-    return _average(_answers("dora", low), _answers("lora", high), f"DoRA at rank {low}, LoRA at rank {high}")
+    return _average(
+        _answers("dora", low), _answers("lora", high), f"DoRA at rank {low}, LoRA at rank {high}, {_rates()}"
+    )
 
 
 def geometry(claimed: Mapping[str, Any]) -> Outcome:
@@ -114,6 +114,16 @@ def varies_more(claimed: Mapping[str, Any]) -> Outcome:
         lambda r: 1 - r**2,
         "{:+.2f} ({:+.2f} to {:+.2f})",
         f"1 − r² of query weights, {METHOD_NAMES[first]} minus {METHOD_NAMES[second]}",
+    )
+
+
+def variance_nearer_to_full(claimed: Mapping[str, Any]) -> Outcome:
+    """Whether DoRA's share 1 - r² lies nearer to full fine-tuning's than LoRA's does; beyond it is no nearer."""
+    return _by_seed(
+        lambda open_share: abs(open_share["lora"] - open_share["full"]) - abs(open_share["dora"] - open_share["full"]),
+        lambda r: 1 - r**2,
+        "nearer by {:+.2f} ({:+.2f} to {:+.2f})",
+        "distance of 1 − r² of query weights from full fine-tuning's",
     )
 
 
@@ -181,8 +191,9 @@ def full_is_ahead(claimed: Mapping[str, Any]) -> Outcome:
     """Full fine-tuning minus LoRA, task by task, over their common seeds."""
     full, lora = _answers("full", None), _answers("lora", load_profile(PROFILE).rank)
     found = {task: paired_difference(full[task], lora[task]) for task in full}
-    wins, ties, losses = win_tie_loss(found.values())
-    verdict = verdict_by(map(wording, found.values()), "ahead", "behind")
+    said = [wording(one) for one in found.values()]
+    wins, ties, losses = win_tie_loss(said)
+    verdict = verdict_by(said, "ahead", "behind")
     parts = [f"{TASK_NAMES[task]} {in_points(one)} points" for task, one in found.items()]
     return Outcome(verdict, f"{wins} won, {ties} not told apart, {losses} lost: {'; '.join(parts)}", _what(found))
 
@@ -191,6 +202,10 @@ def _average(first: Answers, second: Answers, how: str) -> Outcome:
     found = macro_difference(first, second)
     verdict = verdict_by([wording(found)], "ahead", "behind")
     return Outcome(verdict, f"{in_points(found)} points: {wording(found)}", f"{_what({0: found})}, {how}")
+
+
+def _rates() -> str:
+    return f"learning rates chosen at rank {load_profile(PROFILE).rank}"
 
 
 def _what(found: Mapping[Any, Interval]) -> str:

@@ -78,7 +78,7 @@ def four_endings(claimed: Mapping[str, Any]) -> Outcome:
     rows = [row["accuracy_pct"] for row in read_published()["rows"] if row["where"] == "Table 1"]
     below = {two: sum(row["hellaswag"] < row[two] for row in rows) for two in ("boolq", "winogrande")}
     settled = [count == len(rows) for count in below.values()]
-    verdict = "holds" if all(settled) else "does not hold" if below["boolq"] == 0 else "depends"
+    verdict = verdict_of(settled)
     number = ", ".join(f"below {TASK_NAMES[task]} in {count} of {len(rows)} rows" for task, count in below.items())
     return Outcome(verdict, f"HellaSwag is {number}", "all rows of the paper's Table 1, the same four endings")
 

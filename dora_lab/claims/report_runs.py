@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dora_lab.claims.ledger import NotHere, Outcome, verdict_of
+from dora_lab.claims.ledger import NotHere, Outcome, verdict_by, verdict_of
 from dora_lab.claims.quotes import reported
 from dora_lab.comparisons import Pairs, count_pairs, within
 from dora_lab.data import load_examples
@@ -40,7 +40,7 @@ def ahead_on_winogrande(claimed: Mapping[str, Any]) -> Outcome:
             which = f"{pairs.n:,} answered by both" if answered else f"all {pairs.n:,}"
             counted = f"{pairs.first_only} against {pairs.second_only}, p {pairs.p_value:.2g}"
             parts.append(f"{name}, {which}: {in_points(found)} points, {counted}")
-    verdict = "holds" if set(said) == {"ahead"} else "depends" if "ahead" in said else "does not hold"
+    verdict = verdict_by(said, "ahead", "behind")
     return Outcome(verdict, "; ".join(parts), "the report's raw outputs, one run each, exact McNemar")
 
 
@@ -52,7 +52,7 @@ def unread_answers(claimed: Mapping[str, Any]) -> Outcome:
         unread[method] = {i: i in none for i in right_by_id(outputs, first_match)}
     pairs = count_pairs(unread["dora"], unread["lora"])
     same = within(pairs.interval(0.90), claimed["within_points"] / 100)
-    verdict = "does not hold" if pairs.p_value < claimed["level"] else "holds" if same else "depends"
+    verdict = "holds" if same else "does not hold" if pairs.p_value < claimed["level"] else "depends"
     counts = [
         f"{METHOD_NAMES[m]} {sum(own.values())} ({100 * sum(own.values()) / len(own):.1f} %)"
         for m, own in unread.items()
@@ -64,7 +64,8 @@ def unread_answers(claimed: Mapping[str, Any]) -> Outcome:
 def ahead_by_counts(claimed: Mapping[str, Any]) -> Outcome:
     """For printed accuracies without outputs: at which shares of discordant questions McNemar's p is below 5 %.
 
-    The share lies between the difference itself and the sum of both error rates.
+    The share lies between the difference itself and the sum of both error rates. A lead never makes the claim hold: how
+    many outputs could not be read is not known, and on WinoGrande that decides what is left of a clear lead.
     """
     name, n = claimed["task"], claimed["questions"]
     lora, dora = (reported("Our", method)[name] / 100 for method in ("lora", "dora"))
@@ -73,7 +74,7 @@ def ahead_by_counts(claimed: Mapping[str, Any]) -> Outcome:
     shares = np.linspace(net / n, most, 200)
     found = [_p_value(n, net, share) < 0.05 for share in shares]
     reached = shares[found][-1] if any(found) else math.nan
-    verdict = "does not hold" if dora < lora else "holds" if all(found) else "depends"
+    verdict = "does not hold" if dora < lora and all(found) else "depends"
     span = f"significant up to {100 * reached:.0f} % discordant, possible are {100 * most:.0f} %"
     number = f"{100 * (dora - lora):+.1f} points; {span}"
     return Outcome(verdict, number, f"printed accuracies, {n:,} questions, one run each; unread answers not known")
@@ -96,6 +97,25 @@ def full_data_explains(claimed: Mapping[str, Any]) -> Outcome:
     verdict = "does not hold" if all(reached) else "depends"
     measured = "the report's raw WinoGrande outputs that can be read, no random part of all; Wilson's intervals"
     return Outcome(verdict, "; ".join(parts), measured)
+
+
+def full_data_explains_hellaswag(claimed: Mapping[str, Any]) -> Outcome:
+    """What is short of the paper, and the share of training prompts without an answer: it explains a shortfall too.
+
+    The two cannot be told apart without trainings of LLaMA-7B; without such prompts nothing at hand bears on the claim.
+    """
+    examples, source = _examples("hellaswag")
+    lost = answers_lost(token_counts(_tokenizer(), examples))
+    if not lost:
+        raise NotHere("no prompt loses its answer: only training on one task and on all could tell, on a large GPU")
+    published = read_published()
+    short = [
+        f"{METHOD_NAMES[m]} {published_accuracy(published, PAPER, 'Table 1', m)[0]['hellaswag'] - own:.1f}"
+        for m in ("lora", "dora")
+        for own in [reported("Our", m)["hellaswag"]]
+    ]
+    number = f"points short: {', '.join(short)}; prompts that lose their answer at {CUTOFF} tokens: {100 * lost:.1f} %"
+    return Outcome("depends", number, f"printed accuracies; HellaSwag {source}")
 
 
 def full_data_explains_boolq(claimed: Mapping[str, Any]) -> Outcome:
@@ -141,7 +161,7 @@ def _p_value(n: int, net: int, share: float) -> float:
 def _outputs() -> dict[str, list]:
     try:
         return {method: read_outputs(method) for method in ("lora", "dora")}
-    except (FileNotFoundError, OSError) as missing:
+    except (OSError, ValueError) as missing:  # not here, or another file than the pinned one
         raise NotHere(str(missing)) from missing
 
 
