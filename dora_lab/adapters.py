@@ -27,6 +27,7 @@ from dora_lab.kernels import (
     features_of,
     is_fresh,
     is_linear,
+    replace_weight,
     weight_of,
     without_bias,
 )
@@ -275,7 +276,8 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 def merge(model: nn.Module) -> nn.Module:
     """Put each adapter's W' into its linear layer, so that a forward costs what the base model's costs.
 
-    W' is made in float32 and rounded to the layer's precision; W0 is kept beside it for `unmerge`. Raises ValueError,
+    W' is made in float32 and rounded to the layer's precision; W0 is kept beside it for `unmerge`. A weight that is
+    shared with another layer, an embedding say, stays W0 there. Raises ValueError,
     and changes nothing, if the model has no adapters, they are merged already, or a layer is quantised: W' put back
     into 4 or 8 bits would lose most of what was learned to rounding.
     """
@@ -289,15 +291,20 @@ def merge(model: nn.Module) -> nn.Module:
     for module in modules.values():
         merged = module.effective_weight().to(module.base.weight.dtype)  # (out, in)
         module.unmerged_weight = module.base.weight.data
-        module.base.weight.data = merged.T.contiguous() if type(module.base).__name__ == "Conv1D" else merged
+        module.unmerged = [module.base.weight]  # in a list: while merged it is no parameter of the layer
+        replace_weight(module.base, merged)
         _set_merged(module, True)
     return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Take `merge` back: base weights are bit for bit what they were. Raises ValueError if nothing is merged."""
+    """Take `merge` back: base weights are bit for bit what they were, shared ones shared again.
+
+    Raises ValueError if nothing is merged.
+    """
     for module in _adapters_in_state(model, merged=True).values():
-        module.base.weight.data = module.unmerged_weight
+        module.base.weight = module.unmerged.pop()
+        module.base.weight.data = module.unmerged_weight  # which has moved with the model since, if it did
         module.unmerged_weight = None
         _set_merged(module, False)
     return model

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_lab.files import sha256_of
 from dora_lab.locks import locked
 from dora_lab.tasks import MIXTURE, TASKS, Task, task
 
@@ -149,7 +150,7 @@ def _verify(target: Path, remote: RemoteFile) -> None:
         expected, of_first = f"sha256 {seal.read_text().strip()}", f" (of the first copy, kept in {seal.name})"
     if expected is None:
         _check_json_is_whole(target)
-        digest, kept = _sha256(target), f"it is kept in {seal.name}, and later copies must have it"
+        digest, kept = sha256_of(target), f"it is kept in {seal.name}, and later copies must have it"
         try:
             seal.write_text(digest + "\n")
         except OSError as error:  # a cache that is read-only stays as it is
@@ -160,7 +161,7 @@ def _verify(target: Path, remote: RemoteFile) -> None:
         )
         return
     kind, _, digest = expected.rpartition(" ")
-    found = _sha256(target) if kind == "sha256" else git_blob_id(target)
+    found = sha256_of(target) if kind == "sha256" else git_blob_id(target)
     if found != digest:
         raise ValueError(
             f"{target} is not the file of commit {COMMIT[:10]}: expected {expected}{of_first}, got {found}. "
@@ -193,11 +194,6 @@ def git_blob_id(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import socket
@@ -26,6 +27,12 @@ def prepare_file(path: Path, instead: str = "another file as OUT") -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"cannot write {path} (it is a folder): give {instead}")
     prepare_folder(path.parent, instead)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -37,11 +37,11 @@ class Machine:
 
 def detect(folder: str | Path = ".") -> Machine:
     """The machine as it is now; free disk is that of `folder`, where runs are written."""
-    memory, available = _memory()
+    total, available = memory()
     return Machine(
         processor=processor(),
         cores=cores(),
-        memory_bytes=memory,
+        memory_bytes=total,
         available_bytes=available,
         gpus=_gpus(),
         free_disk_bytes=_free_disk(Path(folder)),
@@ -121,8 +121,8 @@ def processor() -> str:
     return platform.processor() or platform.machine() or "unknown"
 
 
-def _memory() -> tuple[int | None, int | None]:
-    """(all, available); a container's own limit counts where it is the smaller."""
+def memory() -> tuple[int | None, int | None]:
+    """(all, available) in bytes, None where unknown; a container's own limit counts where it is the smaller."""
     total = available = None
     with contextlib.suppress(OSError, ValueError, AttributeError):
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -132,7 +132,10 @@ def _memory() -> tuple[int | None, int | None]:
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())  # "max" where there is none
-        free = limit - int((group / "memory.current").read_text())
+        used = int((group / "memory.current").read_text())
+        kept = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= next((int(row[1]) for row in kept if row[0] == "inactive_file"), 0)  # files read, let go when asked
+        free = limit - used
         total = limit if total is None else min(total, limit)
         available = free if available is None else min(available, free)
     return total, available

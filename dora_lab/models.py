@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_lab.data import IGNORED
+from dora_lab.files import sha256_of
 from dora_lab.profiles import PROJECT
 from dora_lab.shapes import Shape, find_shape
 
@@ -69,7 +70,7 @@ def load_config(base_model: str, revision: str | None = None) -> PretrainedConfi
     try:
         config = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"base model {name}: its configuration cannot be read ({_first_line(error)})") from error
+        raise ValueError(f"base model {name}: its configuration cannot be read ({first_line(error)})") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"base model {name} is a {config.model_type!r} model, which cannot generate text: "
@@ -112,7 +113,7 @@ def load_model(
                 name, config=config, dtype=number, use_safetensors=True, output_loading_info=True, **options
             )
         except Exception as error:  # safetensors and transformers raise many kinds
-            raise ValueError(f"base model {name}: its weights cannot be read ({_first_line(error)})") from error
+            raise ValueError(f"base model {name}: its weights cannot be read ({first_line(error)})") from error
         if report["missing_keys"] or report.get("mismatched_keys"):
             missing = sorted(report["missing_keys"])[:3]
             raise ValueError(f"base model {name}: the weights do not fit the configuration (missing, e.g., {missing})")
@@ -142,7 +143,7 @@ def load_tokenizer(
         else:
             loaded = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"base model {name}: its tokenizer cannot be read ({_first_line(error)})") from error
+        raise ValueError(f"base model {name}: its tokenizer cannot be read ({first_line(error)})") from error
     if loaded.pad_token is None:
         loaded.pad_token = loaded.unk_token or loaded.eos_token
     return loaded
@@ -160,7 +161,7 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError as error:
-        raise ValueError(f"{path.name} is damaged ({_first_line(error)})") from error
+        raise ValueError(f"{path.name} is damaged ({first_line(error)})") from error
     numbers = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
     merges = [
         (piece[:i], piece[i:])
@@ -281,9 +282,8 @@ def _add_files(digest, folder: Path | None, kinds: tuple[str, ...]) -> None:
 
 @functools.lru_cache
 def _file_sha256(path: Path, changed_ns: int) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    return bytes.fromhex(sha256_of(path))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_lab.models import base_folder, is_random, load_config, load_tokenizer
+from dora_lab.machine import memory
+from dora_lab.models import base_folder, first_line, is_random, load_config, load_tokenizer
 from dora_lab.shapes import Shape, find_shape
 from dora_lab.specs import RunSpec
 
@@ -145,7 +147,8 @@ def _room(device: str) -> tuple[str, int]:
 
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # kept by PyTorch, and free for it
         return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0] + unused
-    return "this machine's memory", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total, available = memory()
+    return "this machine's memory", next((size for size in (available, total) if size is not None), sys.maxsize)
 
 
 def _is_cached(base_model: str, revision: str | None) -> bool:
@@ -191,7 +194,7 @@ def _bytes_to_download(base_model: str, revision: str | None) -> int:
             "local folder beginning with ./ as base_model"
         ) from error
     except Exception as error:  # no network, a proxy, HF_HUB_OFFLINE: each client raises its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FileNotFoundError(
             f"base model {base_model} is not in {_hub_cache()} and the hub cannot be asked ({reason:.200}): {by_hand}"
         ) from error

@@ -4,7 +4,6 @@
 `record.json` is written last, by rename: a folder with one is done, a folder without one is taken up again.
 """
 
-import contextlib
 import dataclasses
 import json
 import platform
@@ -19,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dora_lab.files import read_lines, write_text
+from dora_lab.machine import processor
 from dora_lab.profiles import explain
 from dora_lab.specs import RunSpec
 
@@ -161,7 +161,7 @@ def environment(threads: int) -> dict[str, Any]:
     import torch
 
     packages = ("dora-lab", "torch", "transformers", "peft", "datasets", "numpy")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
@@ -170,11 +170,3 @@ def environment(threads: int) -> dict[str, Any]:
         "threads": threads,
         "versions": {name: version(name) for name in packages},
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

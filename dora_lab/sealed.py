@@ -1,7 +1,6 @@
 """Checkpoints that are whole or not used: the hash of every file is written last and checked before one is loaded."""
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dora_lab.files import write_text
+from dora_lab.files import sha256_of, write_text
 
 SEAL = "whole.json"  # written last into a checkpoint: the hash of each of its files
 
@@ -22,7 +21,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def seal(checkpoint: Path) -> None:
     """Write the hashes of all that lies in the checkpoint; from then on it is whole."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(checkpoint)): _sha256(path) for path in files}
+    hashes = {str(path.relative_to(checkpoint)): sha256_of(path) for path in files}
     write_text(checkpoint / SEAL, json.dumps(hashes, indent=1) + "\n")
 
 
@@ -31,7 +30,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     for checkpoint in checkpoints(folder):
         with contextlib.suppress(OSError, ValueError):  # no seal, or half of one
             hashes = json.loads((checkpoint / SEAL).read_text())
-            if all(_sha256(checkpoint / name) == digest for name, digest in hashes.items()):
+            if all(sha256_of(checkpoint / name) == digest for name, digest in hashes.items()):
                 return checkpoint
         shutil.rmtree(checkpoint)
     return None
@@ -46,8 +45,3 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(
             f"cannot write {path} ({error}): free space there and run again; whole checkpoints stay"
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

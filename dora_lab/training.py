@@ -47,7 +47,7 @@ from dora_lab.specs import PARAMETERS, RunSpec
 from dora_lab.tasks import Example, task
 from dora_lab.trainer import RunTrainer, order
 
-NOTE = "micro_batch_size"  # file in a run's folder: how many examples at a time were left when memory ran out
+NOTE = "micro_batch_size"  # file in a run's folder: how many examples a process may read at a time, as memory ran out
 
 
 def finetune(spec: RunSpec, runs_dir: str | Path = "runs", progress: bool = True) -> RunRecord:
@@ -165,11 +165,15 @@ def _train(
 
     Where the GPU's memory does not do, once more with micro-batches of half the size, from the last whole checkpoint.
     Of several processes one that has no memory left cannot ask the others, which wait for it inside a step: it leaves a
-    note of that size and fails, the launcher ends the others, and the run as it is started again goes by the note.
+    note of that size for one process and fails, the launcher ends the others, and the run as it is started again, on as
+    many processes as there are then, goes by the note.
     """
     note = folder / NOTE
     noted = processes.told_by_first(lambda: note.read_text() if note.is_file() else None)
-    micro = int(noted) if noted else spec.micro_batch_size or spec.batch_size
+    shares = processes.count()
+    micro = spec.micro_batch_size or spec.batch_size
+    if noted:
+        micro = largest_micro_batch(spec.examples_per_step, min(int(noted) * shares, micro), shares) or micro
     while True:
         full = ""
         try:
@@ -181,11 +185,11 @@ def _train(
             torch.cuda.empty_cache()
         planned = plan_of(spec, tokens=max(lengths), micro=micro)
         change = advice(planned) if planned else "set micro_batch_size lower, or gradient_checkpointing to true"
-        smaller = smaller_micro_batch(spec.examples_per_step, micro, processes.count())
+        smaller = largest_micro_batch(spec.examples_per_step, micro // 2, shares)
         if smaller is None:
             raise RuntimeError(f"out of GPU memory with micro-batches of {micro} ({full}): {change}")
-        if processes.count() > 1:
-            write_text(note, f"{smaller}\n")
+        if shares > 1:
+            write_text(note, f"{smaller // shares}\n")
             raise RuntimeError(
                 f"out of GPU memory with micro-batches of {micro} in process {processes.rank()} ({full}): run the same "
                 f"command again, and it goes on from its last checkpoint with {smaller} at a time, the same "
@@ -222,9 +226,9 @@ def _train_with(
     return trainer, trainable, total, checkpoint is not None
 
 
-def smaller_micro_batch(effective: int, micro: int, shares: int = 1) -> int | None:
-    """The largest divisor of `effective` at most half of `micro` that `shares` processes can share; None if none is."""
-    return next((size for size in range(micro // 2, 0, -1) if effective % size == 0 and size % shares == 0), None)
+def largest_micro_batch(effective: int, most: int, shares: int = 1) -> int | None:
+    """The largest divisor of `effective`, at most `most`, that `shares` processes can share; None if none is."""
+    return next((size for size in range(most, 0, -1) if effective % size == 0 and size % shares == 0), None)
 
 
 def _evaluate(spec: RunSpec, trainer: RunTrainer, tokenizer, questions: list) -> list[Prediction]:

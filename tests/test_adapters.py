@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -380,6 +381,23 @@ def test_a_merged_model_can_change_precision_and_be_unmerged():
     model = merge(attach(tiny_llama(), CONFIGS["dora"])).double()
     assert {p.dtype for p in unmerge(model).parameters()} == {torch.float64}
     model(TOKENS)
+
+
+def test_a_weight_shared_with_the_embedding_stays_there_when_its_adapter_is_merged():
+    config = tiny_llama().config
+    config.tie_word_embeddings = True
+    model = type(tiny_llama())(config).eval()
+    attach(model, replace(CONFIGS["dora"], target_modules=("q_proj", "lm_head")))
+    move_away_from_start(model)
+    shared, embedded = model.model.embed_tokens.weight, model.model.embed_tokens.weight.detach().clone()
+    assert model.lm_head.base.weight is shared
+    before = model(TOKENS).logits
+    merge(model)
+    assert torch.equal(model.model.embed_tokens.weight, embedded)
+    torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-4, atol=1e-5)
+    unmerge(model)
+    assert model.lm_head.base.weight is shared and torch.equal(shared, embedded)
+    torch.testing.assert_close(model(TOKENS).logits, before)
 
 
 def test_merging_in_the_wrong_state_is_an_error():

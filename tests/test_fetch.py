@@ -16,6 +16,7 @@ import yaml
 from dora_lab import fetch as fetching
 from dora_lab.data import count_fetched, data_sha256, load_examples
 from dora_lab.fetch import FILES, MIXTURE_FILE, RemoteFile, cache_folder, fetch, files_of, git_blob_id
+from dora_lab.files import sha256_of
 from dora_lab.profiles import load_profile
 from dora_lab.specs import RunSpec
 from dora_lab.tasks import TASKS, task
@@ -127,7 +128,7 @@ def test_every_task_has_its_two_files_and_the_mixture_the_tests_of_all():
 @pytest.mark.parametrize("name", ["boolq/train", "boolq/test", "winogrande/test"])
 def test_the_known_hashes_are_the_real_files(real_data, name):
     path, known = real_data / "llm_adapters" / f"{name}.json", FILES[f"dataset/{name}.json"]
-    assert git_blob_id(path) == known.blob and fetching._sha256(path) == known.sha256
+    assert git_blob_id(path) == known.blob and sha256_of(path) == known.sha256
 
 
 def test_the_cache_is_where_the_variable_says_or_in_the_platforms_place(monkeypatch, tmp_path):

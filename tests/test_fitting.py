@@ -18,7 +18,7 @@ from dora_lab.profiles import load_profile
 from dora_lab.quantised import bitsandbytes_config
 from dora_lab.records import LIVE_CURVE, is_done, read_failures, read_predictions, run_folder
 from dora_lab.specs import RunSpec
-from dora_lab.training import finetune, smaller_micro_batch
+from dora_lab.training import finetune, largest_micro_batch
 
 
 def adapter_of(folder):
@@ -257,8 +257,22 @@ def test_out_of_memory_among_the_questions_says_so(tiny_spec, tmp_path, monkeypa
         finetune(tiny_spec(), tmp_path, progress=False)
 
 
+@pytest.mark.parametrize(("shares", "micro"), [(1, 1), (2, 2), (4, 4), (3, 4)], ids=str)
+def test_a_run_that_lacked_memory_goes_on_with_as_many_for_each_process(
+    tiny_spec, tmp_path, monkeypatch, shares, micro
+):
+    """On however many there are then; on a number that cannot share, with the profile's size, which says so."""
+    spec, asked = tiny_spec(), []
+    (tmp_path / training.NOTE).write_text("1\n")
+    monkeypatch.setattr(training.processes, "count", lambda: shares)
+    monkeypatch.setattr(training.processes, "told_by_first", lambda said: said())
+    monkeypatch.setattr(training, "_train_with", lambda *arguments: asked.append(arguments[5]))
+    training._train(spec, [], [12], tmp_path, False, None)
+    assert spec.batch_size == 4 and asked == [micro]
+
+
 def test_micro_batches_shrink_to_divisors():
-    assert [smaller_micro_batch(12, micro) for micro in (12, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, None]
+    assert [largest_micro_batch(12, micro // 2) for micro in (12, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, None]
 
 
 # --- what goes through the output layer ---

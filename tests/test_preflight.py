@@ -101,6 +101,8 @@ def test_a_base_in_the_cache_asks_nobody(spec, monkeypatch, tmp_path):
 
 def test_a_gpu_that_is_too_small_is_named_with_what_would_change_it(spec, monkeypatch):
     monkeypatch.setattr(preflight, "_shape", lambda spec: SHAPES["llama-7b"])
+    monkeypatch.setattr(preflight, "memory", lambda: (24 * 10**9, 8 * 10**9))
+    assert preflight._room("cpu") == ("this machine's memory", 8 * 10**9)  # what others have taken is not free
     monkeypatch.setattr(preflight, "_room", lambda device: ("the GPU", 12 * 10**9))
     with pytest.raises(ValueError, match=r"needs \d\d\.\d GB, the GPU has 12\.0 GB free: what would.*base in NF4 \(\d"):
         check_memory(spec, 512)
