@@ -112,6 +112,28 @@ def test_a_cell_defines_only_what_it_was_asked_for(submission):
     submission.run("import torch")
 
 
+def test_a_cell_that_fails_leaves_what_it_had_defined_before():
+    with Submission(seconds=5) as submission:
+        namespace = {}
+        submission.run("k = 3\ndef old(): return 0")
+        with pytest.raises(SubmissionError, match="NameError"):
+            submission.bind("def f(): return 1\ng = 2\nm\nh = 3", ["f", "g", "h", "k", "old"], namespace)
+        assert set(namespace) == {"f", "g"} and namespace["f"]() == 1 and namespace["g"] == 2
+        with pytest.raises(TimeLimit):
+            submission.run("while True: pass")
+        assert namespace["f"]() == 1  # in the new worker, too
+
+
+def test_what_is_typed_in_is_taken_from_the_text(capsys):
+    with Submission() as submission:
+        namespace = {}
+        submission.run(
+            "import sys\ndef trace(frame, *_):\n    frame.f_globals['a'] = 7\n    return trace\nsys.settrace(trace)"
+        )
+        submission.bind("a = 1.5\nprint('typed')", ["a"], namespace, {"a": 1.5, "close": 2})
+        assert namespace == {"a": 1.5} and capsys.readouterr().out == "typed\n"
+
+
 # The fence alone, and the hook alone
 
 PATHS = """

@@ -17,7 +17,7 @@ from dora_lab.assignments.catalogue import ASSIGNMENTS, find_assignment
 from dora_lab.assignments.collect import collect, which_assignment
 from dora_lab.assignments.experiment import own_seeds
 from dora_lab.assignments.grade import grade
-from dora_lab.assignments.repair import names_of, read_submission, repair
+from dora_lab.assignments.repair import literals, names_of, read_submission, repair
 from dora_lab.assignments.samples import answers, filled, write_samples
 
 NUMBERS = [assignment.number for assignment in ASSIGNMENTS]
@@ -287,7 +287,8 @@ def test_numbers_typed_in_in_any_form_are_literals(style, notebooks):
     source = re.sub(r"\b[ab]\b", lambda m: names["ab".index(m[0])], TYPED[style])
     by_id(submission, "a03-numbers").source = source
     repaired, flags = mended(notebooks, submission)
-    assert flags == [] and by_id(repaired, "a03-numbers").source == source
+    cell = by_id(repaired, "a03-numbers")
+    assert flags == [] and cell.source == source and cell.metadata["course"]["literal"]
 
 
 @pytest.mark.parametrize(
@@ -297,6 +298,44 @@ def test_what_is_not_typed_in_is_no_literal(source, notebooks):
     submission = handed(notebooks)
     by_id(submission, "a03-numbers").source = source
     assert mended(notebooks, submission)[1] == ["a03-numbers: computed instead of typed in, not counted"]
+
+
+CHEATS = {
+    "a comment alone": "# computed above",
+    "nothing": "",
+    "one of them": "{first} = 1.5",
+    "another name": "something = 1.5",
+}
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+@pytest.mark.parametrize(
+    ("number", "name"), [("01", "numbers"), ("02", "numbers"), ("03", "numbers"), ("04", "runs"), ("04", "difference")]
+)
+def test_what_another_cell_computed_does_not_stand_for_what_is_typed_in(number, name, cheat, notebooks):
+    """A cell of the student's own gives the names values, and the cell that is to hold them is cut down."""
+    name = f"a{number}-{name}"
+    given = answers(notebooks[number], "lesson", runs_dir="")
+    submission = filled(notebooks[number], "lesson", given)
+    cell = by_id(submission, name)
+    names = names_of(by_id(stubbed(notebooks[number]), name))
+    if cheat == "one of them" and len(names) == 1:
+        return
+    own = nbformat.v4.new_code_cell(cell.source.replace(" = ", " = 1 and ") if name != "a04-runs" else cell.source)
+    submission.cells.insert(submission.cells.index(cell), own)
+    cell.source = CHEATS[cheat].format(first=names[0])
+    repaired, flags = repair(submission, stubbed(notebooks[number]), "lesson")
+    missing = " and ".join(names[1:] if cheat == "one of them" else names)
+    assert flags == [f"{name}: {missing} not typed in here, not counted"]
+    with pytest.raises(ValueError, match="type the numbers in"):
+        exec(by_id(repaired, name).source, {})
+
+
+@pytest.mark.parametrize(
+    "source", ["a = b = 2", "a, b = 2, 2", "[a, b] = (2, 2)", "a: int = 2\nb = 2", "b = 1; a = b = 2"]
+)
+def test_typed_in_values_are_read_from_the_text(source):
+    assert literals(source) == {"a": 2, "b": 2}
 
 
 PAYLOADS = (
@@ -464,7 +503,13 @@ def test_right_half_right_hostile_and_damaged_submissions_get_what_they_deserve(
     )
     endless = handed(notebooks, student="endless")
     by_id(endless, "a03-forward").source = "def dora_forward(*args):\n    while True:\n        pass\n"
-    for name, submission in (("noisy", noisy), ("endless", endless)):
+    sneaky = handed(notebooks, student="sneaky")  # its own cell makes the numbers right whatever is typed in
+    by_id(sneaky, "a03-numbers").source = "gain_of_row = merged_entry = 1.5\n"
+    trace = "import sys\n\n\ndef trace(frame, *rest):\n    frame.f_globals.update(right)\n    return trace\n\n\n"
+    true = answers(notebooks["03"], "sneaky")["a03-numbers"]
+    own = nbformat.v4.new_code_cell(f"right = {{}}\nexec({true!r}, {{}}, right)\n{trace}sys.settrace(trace)")
+    sneaky.cells.insert(sneaky.cells.index(by_id(sneaky, "a03-numbers")), own)
+    for name, submission in (("noisy", noisy), ("endless", endless), ("sneaky", sneaky)):
         (tmp_path / "handed_in" / name).mkdir()
         nbformat.write(submission, tmp_path / "handed_in" / name / f"{assignment.name}.ipynb")
     said = []
@@ -483,6 +528,7 @@ def test_right_half_right_hostile_and_damaged_submissions_get_what_they_deserve(
         "sample-half": (0, 8, 5, 4),
         "sample-hostile": (0, 0, 0, 0),
         "sample-right": (3, 8, 5, 4),
+        "sneaky": (3, 8, 5, 0),
     }
     for student, row in graded.items():
         assert (int(row["score"]), row["max_score"]) == (sum(points[student]), "20"), student
@@ -490,7 +536,7 @@ def test_right_half_right_hostile_and_damaged_submissions_get_what_they_deserve(
     assert "a03-forward-test: over the time limit" in rows["endless"]["flags"]
     assert "put back" in rows["sample-damaged"]["flags"]
     assert list((tmp_path / "out" / "course" / "work").iterdir()) == []
-    assert sum("/7]" in line for line in said) == 7
+    assert sum("/8]" in line for line in said) == 8
 
     hidden = "is not the one of Sec. 4.3"
     for student in rows:
@@ -499,7 +545,7 @@ def test_right_half_right_hostile_and_damaged_submissions_get_what_they_deserve(
     again = []
     before = table.read_text()
     assert grade(tmp_path / "handed_in", tmp_path / "out", seconds=20, report=again.append).read_text() == before
-    assert all(line.endswith("(0 s)") for line in again if "/7]" in line)
+    assert all(line.endswith("(0 s)") for line in again if "/8]" in line)
 
 
 @needs_nbgrader

@@ -22,7 +22,7 @@ import resource
 import sys
 import traceback
 import types
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 
 import numpy  # noqa: F401 (before the guard: it may ask the system for its name)
 import torch
@@ -111,14 +111,15 @@ class Worker:
         self.cells = 0
 
     def answer(self, request: dict) -> dict:
-        """The reply to one request; an exception of the student's code becomes {"error", "kind", "line"}."""
-        printed = io.StringIO()
+        """The reply to one request; an exception of the student's code becomes {"error", "kind", "line", "names"}."""
+        printed, before = io.StringIO(), dict(self.namespace)
         with redirect_stdout(printed), redirect_stderr(printed):
             try:
                 run = "run" in request
                 reply = self._run(request["run"], request["names"]) if run else self._calculate(request)
             except BaseException as problem:  # SystemExit and KeyboardInterrupt are a student's to raise, too
                 reply = {"error": f"{problem}"[:500], "kind": type(problem).__name__, "line": _line_of(problem)}
+                reply["names"] = self._changed(request.get("names", []), before)
         return reply | {"printed": printed.getvalue()[-5000:]}
 
     def _run(self, source: str, wanted: list[str]) -> dict:
@@ -135,8 +136,17 @@ class Worker:
         if shown is not None:
             print(repr(shown))
         found = {name: self.namespace[name] for name in wanted if name in self.namespace}
-        names = {n: {"function": True} if callable(value) else {"value": encode(value)} for n, value in found.items()}
-        return {"names": names, "figures": _open_figures()}
+        return {"names": {name: _told(value) for name, value in found.items()}, "figures": _open_figures()}
+
+    def _changed(self, wanted: list[str], before: dict[str, object]) -> dict:
+        """Of the wanted names, those that a cell which failed had defined until then: other objects than before it."""
+        found = {}
+        for name in wanted:
+            value = self.namespace.get(name)
+            if name in self.namespace and value is not before.get(name, self):
+                with suppress(Exception):  # a value that cannot travel
+                    found[name] = _told(value)
+        return found
 
     def _calculate(self, request: dict) -> dict:
         if "backward" in request:
@@ -160,6 +170,11 @@ class Worker:
             if before[i] is not None and not (arg.shape == before[i].shape and torch.equal(arg, before[i]))
         }
         return {"value": encode(value), "call": self.count, "live": live if leaves else [], "changed": changed}
+
+
+def _told(value: object) -> dict:
+    """What a name is, as JSON."""
+    return {"function": True} if callable(value) else {"value": encode(value)}
 
 
 def _open_figures() -> list[str]:
