@@ -430,7 +430,10 @@ def test_submissions_are_found_by_folder_or_file(tmp_path, notebooks):
         ("=1+1 [x]", "_1_1__x_", "hand_in.ipynb"),
         ("ada", "ada", "03_dora_from_scratch.ipynb"),
         ("alan", "alan", "alan.ipynb"),
+        ("b", "b", "b"),
     ]
+    assert [one.problem for one in found] == ["", "", "", "no notebook in it: it is empty"]
+    assert found[1].flags == ("a_draft.ipynb was handed in too, not graded",)
     assert which_assignment(found).number == "03"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no notebooks in"):
