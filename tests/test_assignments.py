@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import re
+import shlex
 import shutil
 import sys
 
@@ -84,6 +85,27 @@ def test_a_students_copy_has_points_ids_stubs_and_no_outputs(number, notebooks):
             assert cell.metadata.get("editable", True) is not marking(cell)["locked"]
     stubs = [cell.source for cell in copy.cells if marking(cell).get("solution") and cell.cell_type == "code"]
     assert all("NotImplementedError" in stub or " = ..." in stub or "figure here" in stub for stub in stubs)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        ("02", "Every other row, however short, has a direction of length one."),
+        ("03", "W' = m\\,\\frac{V'}{\\lVert V'\\rVert}"),
+        ("03", "arXiv 2402.09353"),
+        ("03", "counts as a constant"),
+        ("03", "Training may turn an entry of $m$ negative."),
+    ],
+)
+def test_a_students_copy_says_what_is_tested(number, words, notebooks):
+    assert words in "\n".join(cell.source for cell in student_copy(notebooks[number]).cells)
+
+
+def test_the_command_for_a_run_holds_a_folder_with_blanks(notebooks, tmp_path, capsys):
+    folder = tmp_path / "my runs"
+    exec(by_id(notebooks["04"], "a04-setup").source, {"student_id": "ada", "runs_dir": str(folder)})
+    command = capsys.readouterr().out.split("for example: ")[1]
+    assert shlex.split(command)[-2:] == ["runs_dir", str(folder)]
 
 
 @pytest.mark.parametrize("number", ["01", "02", "03"])

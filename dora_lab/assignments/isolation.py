@@ -232,9 +232,12 @@ class Function:
         return f"<the submitted {self.name}>"
 
     def __call__(self, *args: object) -> object:
-        """Arguments by position: numbers, texts and tensors. A tensor that the function changes in place is changed."""
+        """Arguments by position: numbers, texts and tensors. A tensor that the function changes in place is changed.
+        Where it is called in `torch.inference_mode`, the function runs in it, too.
+        """
         tracked = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad]
         request = {"call": self.name, "args": [encode(arg) for arg in args], "tracked": tracked}
+        request["inference"] = torch.is_inference_mode_enabled()
         reply = self.submission._ask(request)
         for place, value in reply["changed"].items():
             args[int(place)].data = decode(value)

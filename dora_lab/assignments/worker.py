@@ -4,7 +4,8 @@ It stands alone (standard library and torch) and is started by `sandbox.start`. 
 line out is the reply:
 
     {"run": source, "names": [...]}                  run a cell; what those names are then, output, open figures
-    {"call": name, "args": [...], "tracked": [...]}  call a function; the arguments numbered in `tracked` want gradients
+    {"call": name, "args": [...], "tracked": [...]}  call a function; gradients wanted of arguments `tracked`;
+                                                     "inference": in torch.inference_mode, without autograd
     {"backward": call, "gradients": [...]}           gradients of an earlier call's tracked arguments
 
 Values travel as JSON (`encode`), so that nothing which comes back can run code or pose as something else.
@@ -22,7 +23,7 @@ import resource
 import sys
 import traceback
 import types
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 
 import numpy  # noqa: F401 (before the guard: it may ask the system for its name)
 import torch
@@ -157,7 +158,8 @@ class Worker:
         args = [decode(arg) for arg in request["args"]]
         before = [arg.clone() if isinstance(arg, torch.Tensor) else None for arg in args]
         leaves = [args[i].requires_grad_() for i in request["tracked"]]
-        value = self.namespace[request["call"]](*args)
+        with _without_autograd() if request["inference"] else nullcontext():
+            value = self.namespace[request["call"]](*args)
         self.count += 1
         parts = value if isinstance(value, tuple | list) else [value]
         live = [i for i, part in enumerate(parts) if isinstance(part, torch.Tensor) and part.requires_grad]
@@ -170,6 +172,25 @@ class Worker:
             if before[i] is not None and not (arg.shape == before[i].shape and torch.equal(arg, before[i]))
         }
         return {"value": encode(value), "call": self.count, "live": live if leaves else [], "changed": changed}
+
+
+@contextmanager
+def _without_autograd():
+    """torch.inference_mode, in which autograd records nothing; torch.func, which works there too, is refused."""
+
+    def refused(*_, **__):
+        raise RuntimeError("this function is to be written without autograd")
+
+    places = ((torch.autograd, "grad"), (torch.autograd, "backward"), (torch.autograd.forward_ad, "make_dual"))
+    kept = [(module, name, getattr(module, name)) for module, name in places]
+    try:
+        for module, name in places:
+            setattr(module, name, refused)
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, name, function in kept:
+            setattr(module, name, function)
 
 
 def _told(value: object) -> dict:
