@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dora_lab.assignments import fence, guard, isolation, sandbox
+from dora_lab.assignments.build import cut, marking
 from dora_lab.assignments.catalogue import find_assignment
 from dora_lab.assignments.isolation import Function, Submission, SubmissionError, TimeLimit, WorkerDied
 
@@ -132,6 +133,44 @@ def test_what_is_typed_in_is_taken_from_the_text(capsys):
         )
         submission.bind("a = 1.5\nprint('typed')", ["a"], namespace, {"a": 1.5, "close": 2})
         assert namespace == {"a": 1.5} and capsys.readouterr().out == "typed\n"
+
+
+# Figures
+
+DRAW = "import matplotlib.pyplot as plt\nfigure, axes = plt.subplots()\naxes.plot([1, 2])\n"
+FIGURES = {
+    "left open": "",
+    "the last expression": "figure",
+    "closed, the last expression": "plt.close(figure)\nfigure",
+    "closed, given to display": "plt.close(figure)\ndisplay(figure)",
+    "open, given to display": "display(figure)\n7",
+    "a figure of no window": "from matplotlib.figure import Figure\nplt.close(figure)\nFigure(figsize=(1, 1))",
+}
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    display = pytest.importorskip("IPython.display")
+    shown = []
+    monkeypatch.setattr(display, "display", shown.append)
+    return shown
+
+
+@pytest.mark.parametrize("how", FIGURES)
+def test_a_figure_is_shown_once(how, pictures, capsys):
+    with Submission(seconds=60) as submission:
+        submission.run(DRAW + FIGURES[how])
+    assert [one.data[:4] for one in pictures] == [b"\x89PNG"] and "Figure" not in capsys.readouterr().out
+
+
+def test_the_lessons_own_figure_is_shown(pictures):
+    notebook = cut(find_assignment("04"))
+    cells = {marking(cell)["grade_id"]: cell.source for cell in notebook.cells if marking(cell)}
+    with Submission(seconds=120, uses_lab=True) as submission:
+        submission.run("student_id, runs_dir = 'lesson', ''\n" + cells["a04-setup"], quiet=True)
+        submission.run(cells["a04-runs"])
+        submission.run(cells["a04-figure"])
+    assert [one.data[:4] for one in pictures] == [b"\x89PNG"]
 
 
 # The fence alone, and the hook alone

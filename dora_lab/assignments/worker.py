@@ -3,7 +3,7 @@
 It stands alone (standard library and torch) and is started by `sandbox.start`. One JSON line in is a request, one JSON
 line out is the reply:
 
-    {"run": source, "names": [...]}                  run a cell; what those names are then, output, open figures
+    {"run": source, "names": [...]}                  run a cell; what those names are then, output, figures
     {"call": name, "args": [...], "tracked": [...]}  call a function; gradients wanted of arguments `tracked`;
                                                      "inference": in torch.inference_mode, without autograd
     {"backward": call, "gradients": [...]}           gradients of an earlier call's tracked arguments
@@ -29,6 +29,8 @@ import numpy  # noqa: F401 (before the guard: it may ask the system for its name
 import torch
 
 KEPT_CALLS = 16  # graphs kept for a later backward
+MOST_FIGURES = 4  # of one cell
+SHOWN: list[tuple[object, str]] = []  # what the cell that runs displayed as pictures, and the PNG in base64
 COMMAND = re.compile(r"^([ \t]*)(?:[%!?].*|[\w.]+\?\??[ \t]*)$", re.M)
 LARGEST = 1_000_000  # numbers in one value that may travel
 BLOCKED = ("peft", "dora_lab", "transformers", "accelerate", "torchtune", "loralib", "unsloth", "bitsandbytes")
@@ -87,10 +89,26 @@ class Other:
         return f"<a {self.kind}>"
 
 
-def _display(*values: object, **_: object) -> None:
-    """A notebook's `display`, in text."""
+def _display(*values: object, raw: bool = False, **_: object) -> None:
+    """A notebook's `display`: figures and other pictures as pictures, the rest in text."""
     for value in values:
-        print(repr(value))
+        picture = value.get("image/png") if raw and isinstance(value, dict) else _picture(value)
+        if picture is None:
+            print(repr(value))
+        else:
+            SHOWN.append((value, picture if isinstance(picture, str) else base64.b64encode(picture).decode()))
+
+
+def _picture(value: object) -> bytes | str | None:
+    """A figure of matplotlib's as PNG, or what else has a picture of itself."""
+    figures = sys.modules.get("matplotlib.figure")
+    if figures and isinstance(value, figures.Figure):
+        picture = io.BytesIO()
+        value.savefig(picture, format="png", dpi=80)
+        return picture.getvalue()
+    drawn = getattr(type(value), "_repr_png_", None)
+    picture = drawn(value) if drawn else None
+    return picture[0] if isinstance(picture, tuple) else picture  # with metadata
 
 
 class _Notebook:
@@ -125,6 +143,7 @@ class Worker:
 
     def _run(self, source: str, wanted: list[str]) -> dict:
         self.cells += 1
+        SHOWN.clear()
         name = f"<submission {self.cells}>"
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # for inspect.getsource
         try:
@@ -135,7 +154,7 @@ class Worker:
         exec(compile(tree, name, "exec"), self.namespace)
         shown = None if last is None else eval(compile(ast.Expression(last.value), name, "eval"), self.namespace)
         if shown is not None:
-            print(repr(shown))
+            _display(shown)
         found = {name: self.namespace[name] for name in wanted if name in self.namespace}
         return {"names": {name: _told(value) for name, value in found.items()}, "figures": _open_figures()}
 
@@ -199,16 +218,15 @@ def _told(value: object) -> dict:
 
 
 def _open_figures() -> list[str]:
-    """What matplotlib has open, as PNG in base64; closed afterwards."""
+    """What the cell displayed and what matplotlib has open besides, as PNG in base64; closed afterwards."""
     plt = sys.modules.get("matplotlib.pyplot")
-    figures = []
-    for number in plt.get_fignums()[:4] if plt else ():
-        picture = io.BytesIO()
-        plt.figure(number).savefig(picture, format="png", dpi=80)
-        figures.append(base64.b64encode(picture.getvalue()).decode())
+    there = [plt.figure(number) for number in plt.get_fignums()] if plt else []
+    for figure in there:
+        if len(SHOWN) < MOST_FIGURES and not any(value is figure for value, _ in SHOWN):
+            _display(figure)
     if plt:
         plt.close("all")
-    return figures
+    return [picture for _, picture in SHOWN[:MOST_FIGURES]]
 
 
 def _line_of(problem: BaseException) -> str:
@@ -257,6 +275,10 @@ def main() -> None:
             pass
     if terms["uses_lab"]:  # -I leaves out PYTHONPATH
         sys.path.insert(0, terms["project"])
+        with suppress(ImportError):  # what draws figures there asks IPython for `display`
+            import IPython.display
+
+            IPython.display.display = IPython.core.display_functions.display = _display
     fence, guard = _beside("fence"), _beside("guard")
     if fence.version():
         fence.restrict(terms["folder"], terms["readable"])
