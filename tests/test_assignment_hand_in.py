@@ -116,6 +116,98 @@ def test_what_archives_leave_is_no_submission(tmp_path, copy):
     assert which_assignment(found).number == "03"
 
 
+def test_who_handed_in_no_notebook_has_a_row_that_says_so(tmp_path, copy, stand_in):
+    put(tmp_path / "in" / "ada" / NAME, copy)
+    for place in ("bob/report.pdf", f"carl/{NAME}.txt", "dan.zip", "ada.zip", "fay.ipynb.txt", ".DS_Store"):
+        put(tmp_path / "in" / place, "x")
+    (tmp_path / "in" / "eve").mkdir()
+    rows = rows_of(grade(tmp_path / "in", tmp_path / "out", report=lambda line: None))
+    said = {student: (row["score"], row["flags"].split("; student_id")[0]) for student, row in rows.items()}
+    assert said == {
+        "ada": ("1", "ada.zip beside it, not graded"),
+        "bob": ("", "not graded: no notebook in it: found report.pdf"),
+        "carl": ("", f"not graded: no notebook in it: found {NAME}.txt"),
+        "dan": ("", "not graded: no notebook: found dan.zip"),
+        "eve": ("", "not graded: no notebook in it: it is empty"),
+        "fay": ("", "not graded: no notebook: found fay.ipynb.txt"),
+    }
+
+
+def test_the_notebook_of_the_assignment_is_graded_and_the_others_are_flagged(tmp_path, copy):
+    names = ("01_lora_from_scratch", "02_magnitude_and_direction", "02_magnitude_and_direction (1)")
+    for name in names:
+        put(tmp_path / "ada" / f"{name}.ipynb", nbformat.writes(student_copy(cut(find_assignment(name[:2])))))
+    put(tmp_path / "bob" / "mine.ipynb", copy)
+    put(tmp_path / "bob" / "02_magnitude_and_direction.ipynb", copy)
+    for number, others in (("01", (1, 2)), ("02", (0, 2))):
+        ada, bob = collect(tmp_path, find_assignment(number))
+        assert ada.notebook.stem == names[int(number) - 1]
+        assert set(ada.flags) == {f"{names[other]}.ipynb was handed in too, not graded" for other in others}
+        assert f"{bob.notebook.name} is of assignment 03" in bob.flags
+    assert collect(tmp_path, find_assignment("03"))[1].flags == ("mine.ipynb was handed in too, not graded",)
+
+
+@pytest.mark.parametrize("place", ["out", "results/first", "."])
+def test_grades_among_the_submissions_are_no_student(place, tmp_path, copy, stand_in):
+    put(tmp_path / "ada" / NAME, copy)
+    out = tmp_path / place
+    for _ in range(2):
+        assert set(rows_of(grade(tmp_path, out, report=lambda line: None))) == {"ada"}
+        put(out / "course" / "autograded" / "ada" / NAME, copy)
+
+
+def test_what_a_limit_stopped_is_graded_again_under_another(tmp_path, copy, stand_in, monkeypatch):
+    for student in ("ada", "eve"):
+        put(tmp_path / "in" / student / NAME, copy)
+    graded = []
+    monkeypatch.setattr(grading.nbgrader_course, "autograde", lambda c, a, name, s: graded.append(name) or "")
+    monkeypatch.setattr(
+        grading, "_troubles", lambda c, a, name: ["a03-start: over the time limit"] if name == "eve" else []
+    )
+    counts = []
+    for limits in ({"seconds": 20}, {"seconds": 20}, {"seconds": 60}, {"seconds": 60, "memory_bytes": 2**30}):
+        grade(tmp_path / "in", tmp_path / "out", report=lambda line: None, **limits)
+        counts.append((graded.count("ada"), graded.count("eve")))
+    assert counts == [(1, 1), (1, 1), (1, 2), (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [
+        ("TimeLimit", "it did not end", ["a03-start: over the time limit"]),
+        ("SubmissionError", "MemoryError:  (line 1 of the cell)", ["a03-start: out of memory"]),
+        ("SubmissionError", "RuntimeError: DefaultCPUAllocator: can't allocate memory", ["a03-start: out of memory"]),
+        ("SubmissionError", "ValueError: no", []),
+    ],
+)
+def test_what_was_stopped_for_time_or_memory_is_flagged(name, value, flag, tmp_path, chapter):
+    notebook = stubbed(chapter)
+    cell = next(c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("grade_id") == "a03-start")
+    cell.outputs = [nbformat.v4.new_output("error", ename=name, evalue=value, traceback=[])]
+    assignment = find_assignment("03")
+    put(tmp_path / "autograded" / "ada" / assignment.name / f"{assignment.name}.ipynb", nbformat.writes(notebook))
+    assert grading._troubles(tmp_path, assignment, "ada") == flag
+
+
+def test_a_gradebook_that_was_not_finished_is_made_again(tmp_path, monkeypatch):
+    made = []
+
+    def run(course, arguments, seconds):
+        made.append(arguments)
+        (course / "gradebook.db").touch()
+        return "stopped after 300 seconds" if len(made) == 1 else ""
+
+    course = grading.nbgrader_course
+    monkeypatch.setattr(course, "require_nbgrader", lambda: None)
+    monkeypatch.setattr(course, "_run", run)
+    arguments = (tmp_path / "course", find_assignment("03"), 20, 2**30, tmp_path)
+    with pytest.raises(RuntimeError, match="could not make the gradebook: stopped after 300 seconds"):
+        course.create(*arguments)
+    for _ in range(2):
+        course.create(*arguments)
+    assert len(made) == 2
+
+
 def test_a_file_that_is_too_large_is_not_read(tmp_path, copy, stand_in):
     put(tmp_path / "in" / "ada.ipynb", copy)
     with (tmp_path / "in" / "eve.ipynb").open("wb") as file:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dora_lab.assignments import fence, guard, isolation, sandbox
+from dora_lab.assignments.build import cut, marking
 from dora_lab.assignments.catalogue import find_assignment
 from dora_lab.assignments.isolation import Function, Submission, SubmissionError, TimeLimit, WorkerDied
 
@@ -110,6 +111,66 @@ def test_a_cell_defines_only_what_it_was_asked_for(submission):
         submission.bind("x = 1\n1 / 0", ["f"], namespace)
     assert "f" not in namespace
     submission.run("import torch")
+
+
+def test_a_cell_that_fails_leaves_what_it_had_defined_before():
+    with Submission(seconds=5) as submission:
+        namespace = {}
+        submission.run("k = 3\ndef old(): return 0")
+        with pytest.raises(SubmissionError, match="NameError"):
+            submission.bind("def f(): return 1\ng = 2\nm\nh = 3", ["f", "g", "h", "k", "old"], namespace)
+        assert set(namespace) == {"f", "g"} and namespace["f"]() == 1 and namespace["g"] == 2
+        with pytest.raises(TimeLimit):
+            submission.run("while True: pass")
+        assert namespace["f"]() == 1  # in the new worker, too
+
+
+def test_what_is_typed_in_is_taken_from_the_text(capsys):
+    with Submission() as submission:
+        namespace = {}
+        submission.run(
+            "import sys\ndef trace(frame, *_):\n    frame.f_globals['a'] = 7\n    return trace\nsys.settrace(trace)"
+        )
+        submission.bind("a = 1.5\nprint('typed')", ["a"], namespace, {"a": 1.5, "close": 2})
+        assert namespace == {"a": 1.5} and capsys.readouterr().out == "typed\n"
+
+
+# Figures
+
+DRAW = "import matplotlib.pyplot as plt\nfigure, axes = plt.subplots()\naxes.plot([1, 2])\n"
+FIGURES = {
+    "left open": "",
+    "the last expression": "figure",
+    "closed, the last expression": "plt.close(figure)\nfigure",
+    "closed, given to display": "plt.close(figure)\ndisplay(figure)",
+    "open, given to display": "display(figure)\n7",
+    "a figure of no window": "from matplotlib.figure import Figure\nplt.close(figure)\nFigure(figsize=(1, 1))",
+}
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    display = pytest.importorskip("IPython.display")
+    shown = []
+    monkeypatch.setattr(display, "display", shown.append)
+    return shown
+
+
+@pytest.mark.parametrize("how", FIGURES)
+def test_a_figure_is_shown_once(how, pictures, capsys):
+    with Submission(seconds=60) as submission:
+        submission.run(DRAW + FIGURES[how])
+    assert [one.data[:4] for one in pictures] == [b"\x89PNG"] and "Figure" not in capsys.readouterr().out
+
+
+def test_the_lessons_own_figure_is_shown(pictures):
+    notebook = cut(find_assignment("04"))
+    cells = {marking(cell)["grade_id"]: cell.source for cell in notebook.cells if marking(cell)}
+    with Submission(seconds=120, uses_lab=True) as submission:
+        submission.run("student_id, runs_dir = 'lesson', ''\n" + cells["a04-setup"], quiet=True)
+        submission.run(cells["a04-runs"])
+        submission.run(cells["a04-figure"])
+    assert [one.data[:4] for one in pictures] == [b"\x89PNG"]
 
 
 # The fence alone, and the hook alone

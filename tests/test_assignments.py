@@ -6,18 +6,21 @@ import importlib.util
 import itertools
 import json
 import re
+import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 from dora_lab.assignments.build import SOLUTION, build, cut, is_test, marking, points_of, stubbed, student_copy
 from dora_lab.assignments.catalogue import ASSIGNMENTS, find_assignment
 from dora_lab.assignments.collect import collect, which_assignment
 from dora_lab.assignments.experiment import own_seeds
 from dora_lab.assignments.grade import grade
-from dora_lab.assignments.repair import names_of, read_submission, repair
+from dora_lab.assignments.repair import literals, names_of, read_submission, repair
 from dora_lab.assignments.samples import answers, filled, write_samples
 
 NUMBERS = [assignment.number for assignment in ASSIGNMENTS]
@@ -84,6 +87,27 @@ def test_a_students_copy_has_points_ids_stubs_and_no_outputs(number, notebooks):
             assert cell.metadata.get("editable", True) is not marking(cell)["locked"]
     stubs = [cell.source for cell in copy.cells if marking(cell).get("solution") and cell.cell_type == "code"]
     assert all("NotImplementedError" in stub or " = ..." in stub or "figure here" in stub for stub in stubs)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        ("02", "Every other row, however short, has a direction of length one."),
+        ("03", "W' = m\\,\\frac{V'}{\\lVert V'\\rVert}"),
+        ("03", "arXiv 2402.09353"),
+        ("03", "counts as a constant"),
+        ("03", "Training may turn an entry of $m$ negative."),
+    ],
+)
+def test_a_students_copy_says_what_is_tested(number, words, notebooks):
+    assert words in "\n".join(cell.source for cell in student_copy(notebooks[number]).cells)
+
+
+def test_the_command_for_a_run_holds_a_folder_with_blanks(notebooks, tmp_path, capsys):
+    folder = tmp_path / "my runs"
+    exec(by_id(notebooks["04"], "a04-setup").source, {"student_id": "ada", "runs_dir": str(folder)})
+    command = capsys.readouterr().out.split("for example: ")[1]
+    assert shlex.split(command)[-2:] == ["runs_dir", str(folder)]
 
 
 @pytest.mark.parametrize("number", ["01", "02", "03"])
@@ -287,7 +311,8 @@ def test_numbers_typed_in_in_any_form_are_literals(style, notebooks):
     source = re.sub(r"\b[ab]\b", lambda m: names["ab".index(m[0])], TYPED[style])
     by_id(submission, "a03-numbers").source = source
     repaired, flags = mended(notebooks, submission)
-    assert flags == [] and by_id(repaired, "a03-numbers").source == source
+    cell = by_id(repaired, "a03-numbers")
+    assert flags == [] and cell.source == source and cell.metadata["course"]["literal"]
 
 
 @pytest.mark.parametrize(
@@ -297,6 +322,44 @@ def test_what_is_not_typed_in_is_no_literal(source, notebooks):
     submission = handed(notebooks)
     by_id(submission, "a03-numbers").source = source
     assert mended(notebooks, submission)[1] == ["a03-numbers: computed instead of typed in, not counted"]
+
+
+CHEATS = {
+    "a comment alone": "# computed above",
+    "nothing": "",
+    "one of them": "{first} = 1.5",
+    "another name": "something = 1.5",
+}
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+@pytest.mark.parametrize(
+    ("number", "name"), [("01", "numbers"), ("02", "numbers"), ("03", "numbers"), ("04", "runs"), ("04", "difference")]
+)
+def test_what_another_cell_computed_does_not_stand_for_what_is_typed_in(number, name, cheat, notebooks):
+    """A cell of the student's own gives the names values, and the cell that is to hold them is cut down."""
+    name = f"a{number}-{name}"
+    given = answers(notebooks[number], "lesson", runs_dir="")
+    submission = filled(notebooks[number], "lesson", given)
+    cell = by_id(submission, name)
+    names = names_of(by_id(stubbed(notebooks[number]), name))
+    if cheat == "one of them" and len(names) == 1:
+        return
+    own = nbformat.v4.new_code_cell(cell.source.replace(" = ", " = 1 and ") if name != "a04-runs" else cell.source)
+    submission.cells.insert(submission.cells.index(cell), own)
+    cell.source = CHEATS[cheat].format(first=names[0])
+    repaired, flags = repair(submission, stubbed(notebooks[number]), "lesson")
+    missing = " and ".join(names[1:] if cheat == "one of them" else names)
+    assert flags == [f"{name}: {missing} not typed in here, not counted"]
+    with pytest.raises(ValueError, match="type the numbers in"):
+        exec(by_id(repaired, name).source, {})
+
+
+@pytest.mark.parametrize(
+    "source", ["a = b = 2", "a, b = 2, 2", "[a, b] = (2, 2)", "a: int = 2\nb = 2", "b = 1; a = b = 2"]
+)
+def test_typed_in_values_are_read_from_the_text(source):
+    assert literals(source) == {"a": 2, "b": 2}
 
 
 PAYLOADS = (
@@ -391,7 +454,10 @@ def test_submissions_are_found_by_folder_or_file(tmp_path, notebooks):
         ("=1+1 [x]", "_1_1__x_", "hand_in.ipynb"),
         ("ada", "ada", "03_dora_from_scratch.ipynb"),
         ("alan", "alan", "alan.ipynb"),
+        ("b", "b", "b"),
     ]
+    assert [one.problem for one in found] == ["", "", "", "no notebook in it: it is empty"]
+    assert found[1].flags == ("a_draft.ipynb was handed in too, not graded",)
     assert which_assignment(found).number == "03"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no notebooks in"):
@@ -401,7 +467,9 @@ def test_submissions_are_found_by_folder_or_file(tmp_path, notebooks):
 # What is asked for
 
 
-@pytest.mark.parametrize("shift", [(0.02, 0), (-0.02, 0), (0, 1), (0, -1), (1, 0), (0, 100), (-1, 2), (5, 5), (0.1, 0)])
+@pytest.mark.parametrize(
+    "shift", [(0.02, 0), (-0.02, 0), (0, 1), (0, -1), (1, 0), (0, 100), (-1, 2), (5, 5), (0.1, 0), (0.14, 0), (0, -20)]
+)
 def test_what_the_runs_say_is_asked_for_exactly(shift, notebooks):
     source = by_id(stubbed(notebooks["04"]), "a04-difference-test").source
     solution = by_id(notebooks["04"], "a04-difference").source + by_id(notebooks["04"], "a04-runs").source
@@ -416,7 +484,9 @@ def test_what_the_runs_say_is_asked_for_exactly(shift, notebooks):
 
 
 def numbers_in(value):
-    """Every number in lists, tuples and dicts."""
+    """Every number in lists, tuples, dicts and tensors."""
+    if isinstance(value, torch.Tensor):
+        value = value.flatten().tolist()
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
@@ -424,21 +494,30 @@ def numbers_in(value):
     return [float(value)] if isinstance(value, int | float) else []
 
 
+def of_setup(namespace, given):
+    """What a student has at hand after the set-up: its values, those in its dicts, and the id."""
+    values = [namespace[name] for name in given if not callable(namespace[name]) and not name.startswith("__")]
+    values += [part for value in values if isinstance(value, dict) for part in value.values()]
+    return [value for value in values if isinstance(value, int | float | str | list | dict | torch.Tensor | Path)]
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_nothing_that_the_set_up_gives_computes_what_is_asked_for(number, notebooks):
     """Every function of the set-up, called with what an exercise has at hand, gives no number of a reference."""
     notebook, namespace = notebooks[number], {"student_id": "lesson", "runs_dir": ""}
     exec(by_id(notebook, f"a{number}-setup").source, namespace)
-    given = set(namespace)
+    given = set(namespace) - {"__builtins__", "run", "place"}
+    at_hand = [*of_setup(namespace, given), "W0"]
     test = f"a{number}-difference-test" if number == "04" else f"a{number}-numbers-test"
     for cell in code_of(notebook):
         name = marking(cell).get("grade_id", "")
         if name and not name.endswith(("-setup", "-figure")) and (name == test or not is_test(cell)):
             exec(cell.source, namespace)
     wanted = [float(value) for value in namespace["reference"].values()]
-    at_hand = [namespace[name] for name in ("folder", "arms", "seeds", "student_id") if name in namespace]
+    at_hand += [namespace["arms"]] if number == "04" else []
+    succeeded = set()
     assert not given & {"paired", "reference"}
-    for name in given - {"__builtins__"}:
+    for name in given:
         if callable(namespace[name]):
             for count in (1, 2, 3):
                 for arguments in itertools.permutations(at_hand, count):
@@ -446,7 +525,9 @@ def test_nothing_that_the_set_up_gives_computes_what_is_asked_for(number, notebo
                         result = namespace[name](*arguments)
                     except Exception:
                         continue
-                    assert [w for w in wanted if w in numbers_in(result)] == [], name
+                    succeeded.add(name)
+                    assert [w for w in wanted if w in numbers_in(result)] == [], (name, arguments)
+    assert succeeded >= ({"own_seeds", "examine"} if number == "04" else {"close", "same_number", "personal"})
 
 
 # The whole path
@@ -464,7 +545,13 @@ def test_right_half_right_hostile_and_damaged_submissions_get_what_they_deserve(
     )
     endless = handed(notebooks, student="endless")
     by_id(endless, "a03-forward").source = "def dora_forward(*args):\n    while True:\n        pass\n"
-    for name, submission in (("noisy", noisy), ("endless", endless)):
+    sneaky = handed(notebooks, student="sneaky")  # its own cell makes the numbers right whatever is typed in
+    by_id(sneaky, "a03-numbers").source = "gain_of_row = merged_entry = 1.5\n"
+    trace = "import sys\n\n\ndef trace(frame, *rest):\n    frame.f_globals.update(right)\n    return trace\n\n\n"
+    true = answers(notebooks["03"], "sneaky")["a03-numbers"]
+    own = nbformat.v4.new_code_cell(f"right = {{}}\nexec({true!r}, {{}}, right)\n{trace}sys.settrace(trace)")
+    sneaky.cells.insert(sneaky.cells.index(by_id(sneaky, "a03-numbers")), own)
+    for name, submission in (("noisy", noisy), ("endless", endless), ("sneaky", sneaky)):
         (tmp_path / "handed_in" / name).mkdir()
         nbformat.write(submission, tmp_path / "handed_in" / name / f"{assignment.name}.ipynb")
     said = []
@@ -483,6 +570,7 @@ def test_right_half_right_hostile_and_damaged_submissions_get_what_they_deserve(
         "sample-half": (0, 8, 5, 4),
         "sample-hostile": (0, 0, 0, 0),
         "sample-right": (3, 8, 5, 4),
+        "sneaky": (3, 8, 5, 0),
     }
     for student, row in graded.items():
         assert (int(row["score"]), row["max_score"]) == (sum(points[student]), "20"), student
@@ -490,7 +578,7 @@ def test_right_half_right_hostile_and_damaged_submissions_get_what_they_deserve(
     assert "a03-forward-test: over the time limit" in rows["endless"]["flags"]
     assert "put back" in rows["sample-damaged"]["flags"]
     assert list((tmp_path / "out" / "course" / "work").iterdir()) == []
-    assert sum("/7]" in line for line in said) == 7
+    assert sum("/8]" in line for line in said) == 8
 
     hidden = "is not the one of Sec. 4.3"
     for student in rows:
@@ -499,7 +587,7 @@ def test_right_half_right_hostile_and_damaged_submissions_get_what_they_deserve(
     again = []
     before = table.read_text()
     assert grade(tmp_path / "handed_in", tmp_path / "out", seconds=20, report=again.append).read_text() == before
-    assert all(line.endswith("(0 s)") for line in again if "/7]" in line)
+    assert all(line.endswith("(0 s)") for line in again if "/8]" in line)
 
 
 @needs_nbgrader

@@ -70,14 +70,17 @@ def create(
     configuration = CONFIGURATION.format(**values, uses_lab=assignment.uses_lab, hidden=hidden)
     (course / "nbgrader_config.py").write_text(configuration)
     text = nbformat.writes(notebook) + "\n"
-    if (course / "gradebook.db").exists() and source.is_file():
-        if source.read_text() != text:
-            raise RuntimeError(f"{course} was made from another version of the chapter: give another folder as --out")
+    made = course / "made"  # the gradebook appears before it is complete
+    if (made.exists() or (course / "submitted").exists()) and source.is_file() and source.read_text() != text:
+        raise RuntimeError(f"{course} was made from another version of the chapter: give another folder as --out")
+    if made.exists() and (course / "gradebook.db").exists() and source.is_file():
         return notebook
+    made.unlink(missing_ok=True)
     source.write_text(text)
     done = _run(course, ["-m", "nbgrader", "generate_assignment", assignment.name, "--create", "--force"], 300)
     if done:
         raise RuntimeError(f"nbgrader could not make the gradebook: {done}")
+    made.touch()
     return notebook
 
 

@@ -15,6 +15,7 @@ from dora_lab.assignments.repair import ROLE
 PRELUDE = """\
 from pathlib import Path as _Path
 from dora_lab.assignments import isolation as _isolation
+from dora_lab.assignments.repair import literals as _literals
 _homes = _Path.cwd().parents[2] / "work" / _Path.cwd().parent.name
 _homes.mkdir(parents=True, exist_ok=True)
 _submission = _isolation.Submission(_Path.cwd(), {seconds!r}, {memory!r}, {uses_lab!r}, {hidden!r}, _homes)
@@ -62,7 +63,8 @@ class IsolatedExecute(Execute):
             return prelude + cell.source
         if role["run"] == "both":
             return f"{prelude}{cell.source}\n_ = _submission.run({cell.source!r}, quiet=True)"
-        return f"{prelude}_submission.bind({cell.source!r}, {list(role['names'])!r}, globals())"
+        typed = f", _literals({cell.source!r})" if role.get("literal") else ""  # what is typed in comes from the text
+        return f"{prelude}_submission.bind({cell.source!r}, {list(role['names'])!r}, globals(){typed})"
 
 
 def _calm(output: NotebookNode) -> NotebookNode:

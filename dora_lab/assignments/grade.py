@@ -30,6 +30,7 @@ TROUBLES = {
     "WorkerDied": "out of memory, or ended itself",
     "CellTimeoutError": "over time",
 }
+NO_MEMORY = re.compile(r"^MemoryError|can't allocate memory|not enough memory")  # as Python and PyTorch say it
 
 
 def grade(
@@ -47,10 +48,11 @@ def grade(
     `feedback/<student>.html` and `course/`, an nbgrader course. Raises ValueError without submissions, RuntimeError
     without nbgrader.
     """
-    handed = collect(folder)
-    assignment = assignment or which_assignment(handed)
+    assignment = assignment or which_assignment(collect(folder, out=out))
+    handed = collect(folder, assignment, out)
     course = out.resolve() / "course"
     release = nbgrader_course.create(course, assignment, seconds, memory_bytes, folder)
+    limits = {"seconds": seconds, "memory_bytes": memory_bytes}
     (out / "feedback").mkdir(exist_ok=True)
     (course / "graded").mkdir(exist_ok=True)
     report(f"assignment {assignment.number}, {assignment.title}: {len(handed)} submissions; {sandbox.describe()}")
@@ -58,7 +60,7 @@ def grade(
     most = sum(points_of(release).values())
     try:
         with ThreadPoolExecutor(jobs) as pool:
-            waiting = [pool.submit(_grade_one, one, assignment, release, course, out) for one in handed]
+            waiting = [pool.submit(_grade_one, one, assignment, release, course, out, limits) for one in handed]
             try:
                 for number, done in enumerate(as_completed(waiting), 1):
                     result = done.result()
@@ -94,12 +96,14 @@ def _said(result: Graded, most: float) -> str:
     return f"{result.student}: {what}{flags} ({result.seconds:.0f} s)"
 
 
-def _grade_one(one: Handed, assignment: Assignment, release: NotebookNode, course: Path, out: Path) -> Graded:
+def _grade_one(
+    one: Handed, assignment: Assignment, release: NotebookNode, course: Path, out: Path, limits: dict[str, float]
+) -> Graded:
     """Grade one, whatever it does; a failure is a result."""
     started = time.monotonic()
     flags, points, by_hand, failure = list(one.flags), {}, False, ""
     try:
-        points, by_hand = _points(one, assignment, release, course, flags)
+        points, by_hand = _points(one, assignment, release, course, flags, limits)
     except Exception as error:  # a submission may be anything, and a gradebook may be locked
         plain = isinstance(error, ValueError | RuntimeError)
         failure = f"not graded: {error}" if plain else f"not graded: {type(error).__name__}: {error}"
@@ -114,10 +118,16 @@ def _grade_one(one: Handed, assignment: Assignment, release: NotebookNode, cours
 
 
 def _points(
-    one: Handed, assignment: Assignment, release: NotebookNode, course: Path, flags: list[str]
+    one: Handed,
+    assignment: Assignment,
+    release: NotebookNode,
+    course: Path,
+    flags: list[str],
+    limits: dict[str, float],
 ) -> tuple[dict[str, float], bool]:
     """({grade id: points}, whether something is left to grade by hand) of one submission, graded now or before.
 
+    What the limits of an earlier grading stopped is graded again under other limits.
     Raises ValueError for what cannot be graded, RuntimeError with what stopped nbgrader, and what a gradebook raises.
     """
     if one.problem:
@@ -125,8 +135,8 @@ def _points(
     note = course / "graded" / f"{one.name}.json"
     found = {"digest": digest(one, assignment), "student": one.student}
     earlier = json.loads(note.read_text()) if note.is_file() else {}
-    if found.items() <= earlier.items():
-        flags[:] = earlier["flags"]
+    if found.items() <= earlier.items() and earlier.get("limits", limits) == limits:
+        flags[:] = dict.fromkeys([*flags, *earlier["flags"]])
     else:
         note.unlink(missing_ok=True)
         notebook, mended = repair(read_submission(one.notebook), release, one.student)
@@ -134,8 +144,10 @@ def _points(
         _hand_over(one, notebook, assignment, course)
         if stopped := nbgrader_course.autograde(course, assignment, one.name, SUBMISSION_SECONDS):
             raise RuntimeError(stopped)
-        flags += _troubles(course, assignment, one.name)
-        write_text(note, json.dumps(found | {"flags": flags}) + "\n")
+        troubles = _troubles(course, assignment, one.name)
+        flags += troubles
+        kept = {"flags": flags[len(one.flags) :]} | ({"limits": limits} if troubles else {})
+        write_text(note, json.dumps(found | kept) + "\n")
     points, by_hand, was_by_hand = nbgrader_course.points(course, assignment, one.name)
     if was_by_hand and (stopped := nbgrader_course.feedback(course, assignment, one.name, SUBMISSION_SECONDS)):
         flags.append(f"the feedback page is from before grading by hand: {stopped}")
@@ -164,9 +176,12 @@ def _troubles(course: Path, assignment: Assignment, name: str) -> list[str]:
     flags = []
     for cell in nbformat.read(path, as_version=4).cells:
         for output in cell.get("outputs", []):
-            if output.output_type == "error" and output.ename in TROUBLES:
+            if output.output_type != "error":
+                continue
+            trouble = TROUBLES.get(output.ename, "out of memory" if NO_MEMORY.search(output.evalue) else "")
+            if trouble:
                 where = marking(cell).get("grade_id", "a cell of the student's own")
-                flags.append(f"{where}: {TROUBLES[output.ename]}")
+                flags.append(f"{where}: {trouble}")
     return flags
 
 

@@ -31,7 +31,14 @@ WEIGHED_EVERY_S = 1.0
 
 
 class SubmissionError(Exception):
-    """What a student's code raised, told without the worker's own frames."""
+    """What a student's code raised, told without the worker's own frames.
+
+    names: what the cell that raised it had defined before, as `Submission.run` returns it.
+    """
+
+    def __init__(self, message: str, names: dict[str, object] | None = None):
+        super().__init__(message)
+        self.names = names or {}
 
 
 class TimeLimit(SubmissionError):
@@ -87,20 +94,45 @@ class Submission:
         Raises SubmissionError naming the student's exception, TimeLimit, WorkerDied. What the cell printed is printed,
         unless `quiet`.
         """
-        reply = self._ask({"run": source, "names": list(names)}, quiet)
+        try:
+            reply = self._ask({"run": source, "names": list(names)}, quiet)
+        except SubmissionError as problem:
+            if problem.names:
+                self.done.append(source)
+            raise
         self.done.append(source)
         for picture in reply["figures"]:
             from IPython.display import Image, display
 
             display(Image(base64.b64decode(picture), format="png"))
-        found = reply["names"].items()
-        return {name: Function(self, name) if "function" in it else decode(it["value"]) for name, it in found}
+        return self._values(reply["names"])
 
-    def bind(self, source: str, names: Iterable[str], namespace: dict[str, object]) -> None:
-        """Run a cell and put `names`, and nothing else of it, into `namespace`; a cell that fails leaves none there."""
+    def _values(self, found: dict[str, dict]) -> dict[str, object]:
+        return {name: Function(self, name) if "function" in it else decode(it["value"]) for name, it in found.items()}
+
+    def bind(
+        self,
+        source: str,
+        names: Iterable[str],
+        namespace: dict[str, object],
+        typed: dict[str, object] | None = None,
+    ) -> None:
+        """Run a cell and put `names`, and nothing else of it, into `namespace`.
+
+        A cell that fails leaves there what it had defined before the error. typed: the values themselves, where they
+        are known from the cell's text; nothing that ran before can change those.
+        """
         for name in names:
             namespace.pop(name, None)
-        found = self.run(source, names)
+        if typed is not None:
+            namespace.update({name: typed[name] for name in names if name in typed})
+            self.run(source)
+            return
+        try:
+            found = self.run(source, names)
+        except SubmissionError as problem:
+            namespace.update(problem.names)
+            raise
         namespace.update({name: found[name] for name in names if name in found})
 
     def _ask(self, request: dict, quiet: bool = False) -> dict:
@@ -111,7 +143,7 @@ class Submission:
             print(reply["printed"], end="")
         if "error" in reply:
             place = f" ({reply['line']} of the cell)" if reply["line"] else ""
-            raise SubmissionError(f"{reply['kind']}: {reply['error']}{place}")
+            raise SubmissionError(f"{reply['kind']}: {reply['error']}{place}", self._values(reply.get("names", {})))
         return reply
 
     def _new_home(self) -> str:
@@ -200,9 +232,12 @@ class Function:
         return f"<the submitted {self.name}>"
 
     def __call__(self, *args: object) -> object:
-        """Arguments by position: numbers, texts and tensors. A tensor that the function changes in place is changed."""
+        """Arguments by position: numbers, texts and tensors. A tensor that the function changes in place is changed.
+        Where it is called in `torch.inference_mode`, the function runs in it, too.
+        """
         tracked = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad]
         request = {"call": self.name, "args": [encode(arg) for arg in args], "tracked": tracked}
+        request["inference"] = torch.is_inference_mode_enabled()
         reply = self.submission._ask(request)
         for place, value in reply["changed"].items():
             args[int(place)].data = decode(value)

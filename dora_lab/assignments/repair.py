@@ -17,7 +17,9 @@ from dora_lab.assignments.build import HIDDEN, marking
 
 LARGEST_FILE = 30 * 2**20
 PARSING = threading.Lock()  # submissions are repaired side by side
-ROLE = "course"  # metadata of a repaired cell, read by `execute`: {"run": "both" | "test" | "submission", "names": […]}
+ROLE = (
+    "course"  # metadata of a repaired cell, read by `execute`: {"run": "both" | "test" | "submission", "names": […], …}
+)
 
 
 def read_submission(path: Path) -> NotebookNode:
@@ -174,25 +176,37 @@ def _take_answer(cell: NotebookNode, theirs: NotebookNode | None, flags: list[st
         return
     if theirs.cell_type != cell.cell_type:
         flags.append(f"{name}: its cell type was changed, put back")
-    if "literal" in cell.metadata.get("tags", []) and not _is_literal(theirs.source):
-        flags.append(f"{name}: computed instead of typed in, not counted")
+    literal = "literal" in cell.metadata.get("tags", [])
+    typed = literals(theirs.source) if literal else None
+    missing = [wanted for wanted in names_of(cell) if wanted not in (typed or {})]  # another cell may have computed it
+    if literal and (typed is None or missing):
+        what = "computed instead of typed in" if typed is None else f"{' and '.join(missing)} not typed in here"
+        flags.append(f"{name}: {what}, not counted")
         cell.source = 'raise ValueError("type the numbers in: this cell may hold nothing but them")\n' + re.sub(
             r"^", "# ", theirs.source, flags=re.M
         )
         return
+    if literal:
+        cell.metadata[ROLE]["literal"] = True
     cell.source = theirs.source if cell.cell_type == "code" else _inert(theirs.source)
 
 
-def _is_literal(source: str) -> bool:
-    """Whether a cell holds nothing but assignments of literal values (or the stub's `...`)."""
+def literals(source: str) -> dict[str, object] | None:
+    """The values that a cell of nothing but assigned literals (or the stub's `...`) gives; None for any other cell."""
+    values: dict[str, object] = {}
     try:
         for node in _parsed(source).body:
             if _assigned(node) is None or node.value is None:
-                return False
-            ast.literal_eval(node.value)
+                return None
+            value = ast.literal_eval(node.value)
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    values[target.id] = value
+                else:
+                    values |= zip((part.id for part in target.elts), value, strict=True)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        return False
-    return True
+        return None
+    return values
 
 
 def _with_student(source: str, theirs: NotebookNode | None, student_id: str, flags: list[str]) -> str:

@@ -3,8 +3,9 @@
 It stands alone (standard library and torch) and is started by `sandbox.start`. One JSON line in is a request, one JSON
 line out is the reply:
 
-    {"run": source, "names": [...]}                  run a cell; what those names are then, output, open figures
-    {"call": name, "args": [...], "tracked": [...]}  call a function; the arguments numbered in `tracked` want gradients
+    {"run": source, "names": [...]}                  run a cell; what those names are then, output, figures
+    {"call": name, "args": [...], "tracked": [...]}  call a function; gradients wanted of arguments `tracked`;
+                                                     "inference": in torch.inference_mode, without autograd
     {"backward": call, "gradients": [...]}           gradients of an earlier call's tracked arguments
 
 Values travel as JSON (`encode`), so that nothing which comes back can run code or pose as something else.
@@ -22,12 +23,14 @@ import resource
 import sys
 import traceback
 import types
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 
 import numpy  # noqa: F401 (before the guard: it may ask the system for its name)
 import torch
 
 KEPT_CALLS = 16  # graphs kept for a later backward
+MOST_FIGURES = 4  # of one cell
+SHOWN: list[tuple[object, str]] = []  # what the cell that runs displayed as pictures, and the PNG in base64
 COMMAND = re.compile(r"^([ \t]*)(?:[%!?].*|[\w.]+\?\??[ \t]*)$", re.M)
 LARGEST = 1_000_000  # numbers in one value that may travel
 BLOCKED = ("peft", "dora_lab", "transformers", "accelerate", "torchtune", "loralib", "unsloth", "bitsandbytes")
@@ -86,10 +89,26 @@ class Other:
         return f"<a {self.kind}>"
 
 
-def _display(*values: object, **_: object) -> None:
-    """A notebook's `display`, in text."""
+def _display(*values: object, raw: bool = False, **_: object) -> None:
+    """A notebook's `display`: figures and other pictures as pictures, the rest in text."""
     for value in values:
-        print(repr(value))
+        picture = value.get("image/png") if raw and isinstance(value, dict) else _picture(value)
+        if picture is None:
+            print(repr(value))
+        else:
+            SHOWN.append((value, picture if isinstance(picture, str) else base64.b64encode(picture).decode()))
+
+
+def _picture(value: object) -> bytes | str | None:
+    """A figure of matplotlib's as PNG, or what else has a picture of itself."""
+    figures = sys.modules.get("matplotlib.figure")
+    if figures and isinstance(value, figures.Figure):
+        picture = io.BytesIO()
+        value.savefig(picture, format="png", dpi=80)
+        return picture.getvalue()
+    drawn = getattr(type(value), "_repr_png_", None)
+    picture = drawn(value) if drawn else None
+    return picture[0] if isinstance(picture, tuple) else picture  # with metadata
 
 
 class _Notebook:
@@ -111,18 +130,20 @@ class Worker:
         self.cells = 0
 
     def answer(self, request: dict) -> dict:
-        """The reply to one request; an exception of the student's code becomes {"error", "kind", "line"}."""
-        printed = io.StringIO()
+        """The reply to one request; an exception of the student's code becomes {"error", "kind", "line", "names"}."""
+        printed, before = io.StringIO(), dict(self.namespace)
         with redirect_stdout(printed), redirect_stderr(printed):
             try:
                 run = "run" in request
                 reply = self._run(request["run"], request["names"]) if run else self._calculate(request)
             except BaseException as problem:  # SystemExit and KeyboardInterrupt are a student's to raise, too
                 reply = {"error": f"{problem}"[:500], "kind": type(problem).__name__, "line": _line_of(problem)}
+                reply["names"] = self._changed(request.get("names", []), before)
         return reply | {"printed": printed.getvalue()[-5000:]}
 
     def _run(self, source: str, wanted: list[str]) -> dict:
         self.cells += 1
+        SHOWN.clear()
         name = f"<submission {self.cells}>"
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # for inspect.getsource
         try:
@@ -133,10 +154,19 @@ class Worker:
         exec(compile(tree, name, "exec"), self.namespace)
         shown = None if last is None else eval(compile(ast.Expression(last.value), name, "eval"), self.namespace)
         if shown is not None:
-            print(repr(shown))
+            _display(shown)
         found = {name: self.namespace[name] for name in wanted if name in self.namespace}
-        names = {n: {"function": True} if callable(value) else {"value": encode(value)} for n, value in found.items()}
-        return {"names": names, "figures": _open_figures()}
+        return {"names": {name: _told(value) for name, value in found.items()}, "figures": _open_figures()}
+
+    def _changed(self, wanted: list[str], before: dict[str, object]) -> dict:
+        """Of the wanted names, those that a cell which failed had defined until then: other objects than before it."""
+        found = {}
+        for name in wanted:
+            value = self.namespace.get(name)
+            if name in self.namespace and value is not before.get(name, self):
+                with suppress(Exception):  # a value that cannot travel
+                    found[name] = _told(value)
+        return found
 
     def _calculate(self, request: dict) -> dict:
         if "backward" in request:
@@ -147,7 +177,8 @@ class Worker:
         args = [decode(arg) for arg in request["args"]]
         before = [arg.clone() if isinstance(arg, torch.Tensor) else None for arg in args]
         leaves = [args[i].requires_grad_() for i in request["tracked"]]
-        value = self.namespace[request["call"]](*args)
+        with _without_autograd() if request["inference"] else nullcontext():
+            value = self.namespace[request["call"]](*args)
         self.count += 1
         parts = value if isinstance(value, tuple | list) else [value]
         live = [i for i, part in enumerate(parts) if isinstance(part, torch.Tensor) and part.requires_grad]
@@ -162,17 +193,40 @@ class Worker:
         return {"value": encode(value), "call": self.count, "live": live if leaves else [], "changed": changed}
 
 
+@contextmanager
+def _without_autograd():
+    """torch.inference_mode, in which autograd records nothing; torch.func, which works there too, is refused."""
+
+    def refused(*_, **__):
+        raise RuntimeError("this function is to be written without autograd")
+
+    places = ((torch.autograd, "grad"), (torch.autograd, "backward"), (torch.autograd.forward_ad, "make_dual"))
+    kept = [(module, name, getattr(module, name)) for module, name in places]
+    try:
+        for module, name in places:
+            setattr(module, name, refused)
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, name, function in kept:
+            setattr(module, name, function)
+
+
+def _told(value: object) -> dict:
+    """What a name is, as JSON."""
+    return {"function": True} if callable(value) else {"value": encode(value)}
+
+
 def _open_figures() -> list[str]:
-    """What matplotlib has open, as PNG in base64; closed afterwards."""
+    """What the cell displayed and what matplotlib has open besides, as PNG in base64; closed afterwards."""
     plt = sys.modules.get("matplotlib.pyplot")
-    figures = []
-    for number in plt.get_fignums()[:4] if plt else ():
-        picture = io.BytesIO()
-        plt.figure(number).savefig(picture, format="png", dpi=80)
-        figures.append(base64.b64encode(picture.getvalue()).decode())
+    there = [plt.figure(number) for number in plt.get_fignums()] if plt else []
+    for figure in there:
+        if len(SHOWN) < MOST_FIGURES and not any(value is figure for value, _ in SHOWN):
+            _display(figure)
     if plt:
         plt.close("all")
-    return figures
+    return [picture for _, picture in SHOWN[:MOST_FIGURES]]
 
 
 def _line_of(problem: BaseException) -> str:
@@ -221,6 +275,10 @@ def main() -> None:
             pass
     if terms["uses_lab"]:  # -I leaves out PYTHONPATH
         sys.path.insert(0, terms["project"])
+        with suppress(ImportError):  # what draws figures there asks IPython for `display`
+            import IPython.display
+
+            IPython.display.display = IPython.core.display_functions.display = _display
     fence, guard = _beside("fence"), _beside("guard")
     if fence.version():
         fence.restrict(terms["folder"], terms["readable"])

@@ -10,6 +10,7 @@ HABITS = {
     "help with ?": "{answer}\ntorch.norm?\n",
     "magics": "%matplotlib inline\n!pip list\n{answer}\nget_ipython().run_line_magic('time', '')\n",
     "one's own source": "import inspect\n\n{answer}\nprint(inspect.getsource({name}))\n",
+    "a look at the visible test's variables": "{answer}\nprint([rank, not_defined, m, A, B, x, y])\n",
     "an optimiser": "{answer}\ntorch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1).step()\n",
 }
 CHEATS = {

@@ -17,6 +17,10 @@ _cos = "torch.cosine_similarity(W, W0, dim=1)"
 _dm = "(W.norm(dim=1) - W0.norm(dim=1)).abs().mean()"
 _unit = "n = V.norm(dim=1, keepdim=True)\n    u = V / n\n    a = (G * u).sum(1, keepdim=True)\n    "
 
+_leaves = (
+    "a, b = (t.clone().requires_grad_() for t in (V, m))\n    w = b[:, None] * a / a.norm(dim=1, keepdim=True)\n    "
+)
+
 RIGHT = {
     "a02-decompose": {
         "where": _decompose("m = W.norm(dim=1)\n    return m, W / torch.where(m == 0, 1.0, m)[:, None]"),
@@ -27,6 +31,9 @@ RIGHT = {
         ),
         "normalize": _decompose(
             "return torch.linalg.norm(W, axis=1), torch.nn.functional.normalize(W, dim=1, eps=1e-300)"
+        ),
+        "normalize as it comes": _decompose(
+            "return torch.linalg.norm(W, axis=1), torch.nn.functional.normalize(W, dim=1)"
         ),
         "masked assignment": _decompose(
             "m = torch.einsum('oi,oi->o', W, W).sqrt()\n    V = torch.zeros_like(W)\n"
@@ -84,6 +91,7 @@ WRONG = {
         "sum of absolute values": _decompose("m = W.abs().sum(1)\n    return m, W / m[:, None].clamp(min=1e-300)"),
         "largest entry": _decompose("m = W.abs().amax(1)\n    return m, W / m[:, None].clamp(min=1e-300)"),
         "an epsilon in the length": _decompose("m = W.norm(dim=1) + 1e-6\n    return m, W / m[:, None]"),
+        "a tiny epsilon": _decompose("m = W.norm(dim=1)\n    return m, W / (m[:, None] + 1e-12)"),
         "clamped too high": _decompose("m = W.norm(dim=1)\n    return m, W / m[:, None].clamp(min=1e-8)"),
         "order exchanged": _decompose("m = W.norm(dim=1)\n    return W / m[:, None].clamp(min=1e-300), m"),
         "in place": _decompose("m = W.norm(dim=1)\n    W /= m[:, None].clamp(min=1e-300)\n    return m, W"),
@@ -120,6 +128,28 @@ WRONG = {
         "each row its own": _movement(f"return (W.norm(dim=1) - W0.norm(dim=1)).abs(), 1 - {_cos}"),
     },
     "a02-gradients": {
+        "autograd": _pull(_leaves + "return torch.autograd.grad((w * G).sum(), [b, a])"),
+        "autograd by backward": _pull(_leaves + "(w * G).sum().backward()\n    return b.grad, a.grad"),
+        "autograd with gradients enabled": _pull(
+            "with torch.enable_grad():\n        a, b = (t.clone().requires_grad_() for t in (V, m))\n"
+            "        w = b[:, None] * a / a.norm(dim=1, keepdim=True)\n"
+            "        return torch.autograd.grad((w * G).sum(), [b, a])"
+        ),
+        "forward-mode autograd": _pull(
+            "f = lambda b, a: (b[:, None] * a / a.norm(dim=1, keepdim=True) * G).sum()\n"
+            "    return torch.func.jacfwd(f, argnums=(0, 1))(m, V)"
+        ),
+        "autograd in a mode of its own": _pull(
+            "with torch.inference_mode(False), torch.enable_grad():\n"
+            "        G, V, m = (t.clone() for t in (G, V, m))\n"
+            "        a, b = (t.clone().requires_grad_() for t in (V, m))\n"
+            "        w = b[:, None] * a / a.norm(dim=1, keepdim=True)\n"
+            "        return torch.autograd.grad((w * G).sum(), [b, a])"
+        ),
+        "torch.func": _pull(
+            "f = lambda b, a: (b[:, None] * a / a.norm(dim=1, keepdim=True) * G).sum()\n"
+            "    return torch.func.grad(f, argnums=(0, 1))(m, V)"
+        ),
         "norm held constant": _pull(_unit + "return a[:, 0], m[:, None] / n * G"),
         "not divided by the length": _pull(_unit + "return a[:, 0], m[:, None] * (G - a * u)"),
         "m left out": _pull(_unit + "return a[:, 0], (G - a * u) / n"),
