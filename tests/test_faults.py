@@ -187,18 +187,19 @@ def test_a_difference_that_comes_without_a_turn_says_so():
 def test_without_runs_there_is_no_effect_and_no_verdict(monkeypatch, tmp_path):
     assert effects(read_answers(tmp_path)) == []
     monkeypatch.setattr(mini_faults, "_effects", list)
-    for test, claimed in ((mini_faults.comparison_stays, {"level": 0.05}), (mini_faults.lowers_accuracy, LOSS)):
+    for test, claimed in ((mini_faults.comparison_stays, STAYS), (mini_faults.lowers_accuracy, LOSS)):
         with pytest.raises(mini_faults.NotHere, match="reproduce --profile mini-faults"):
             test(claimed)
 
 
+STAYS = {"level": 0.05, "within_points": 1}
 LOSS = {"fault": "prompt-loss", "method": "lora"}
 
 
 def outcomes_of(monkeypatch, found, tasks=("boolq",)):
     monkeypatch.setattr(mini_faults, "_effects", lambda: found)
     monkeypatch.setattr(mini_faults, "load_profile", lambda name: replace(PROFILE, tasks=list(tasks)))
-    return mini_faults.comparison_stays({"level": 0.05}).verdict, mini_faults.lowers_accuracy(LOSS).verdict
+    return mini_faults.comparison_stays(STAYS).verdict, mini_faults.lowers_accuracy(LOSS).verdict
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_one_seed_decides_no_claim(monkeypatch):
     monkeypatch.setattr(mini_faults, "_effects", lambda: found)
     assert mini_faults.lowers_accuracy(LOSS).verdict == "depends"
     with pytest.raises(mini_faults.NotHere, match="no fault has runs of several seeds"):
-        mini_faults.comparison_stays({"level": 0.05})
+        mini_faults.comparison_stays(STAYS)
 
 
 # --- table and figure -------------------------------------------------------------------------------------------------
