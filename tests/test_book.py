@@ -73,6 +73,7 @@ def test_what_a_page_cannot_show_is_left_out():
     assert panel["data"] == {"text/html": "<p>the panel's picture</p>"}
 
 
+@pytest.mark.slow
 def test_the_pages_have_pictures_links_the_table_and_need_no_network(tmp_path, monkeypatch):
     pytest.importorskip("myst_nb", reason="the book's packages are not installed: pip install -e '.[book]'")
 
@@ -153,6 +154,7 @@ def test_a_chapter_is_run_again_when_profile_notebook_package_or_data_have_chang
     assert len(run_again(str(own))) == 2
 
 
+@pytest.mark.slow
 def test_a_profile_given_by_its_path_is_found_by_chapters_and_named_in_the_index(project, tmp_path, monkeypatch):
     ran = project[1]
     (tmp_path / "own.yaml").write_text("extends: smoke\nname: own\n")

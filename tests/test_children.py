@@ -48,11 +48,11 @@ def _as_in_a_shell() -> None:
         ("children", signal.SIGTERM),
         ("children", signal.SIGHUP),
         ("grid", signal.SIGTERM),
-        ("grid", signal.SIGHUP),
-        ("chapter", signal.SIGTERM),
-        ("snakemake's grid", signal.SIGTERM),
-        ("snakemake's results", signal.SIGINT),
-        ("snakemake's results", signal.SIGTERM),
+        pytest.param("grid", signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param("chapter", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("snakemake's grid", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("snakemake's results", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("snakemake's results", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_process_leaves_none_of_its_own_behind(tmp_path, what, number):

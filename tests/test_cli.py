@@ -202,6 +202,7 @@ def test_spectra_need_a_folder():
     assert done.returncode == 2 and "is no folder: fetch the model" in done.stderr
 
 
+@pytest.mark.slow
 def test_allocating_for_an_unknown_task_says_which_there_are(tmp_path):
     done = _call("allocate", tmp_path / "own.yaml", "--task", "nope")
     assert done.returncode == 2 and done.stderr.startswith("error: unknown task 'nope': choose one of")

@@ -31,6 +31,7 @@ def test_methods_that_were_not_given_the_same_trials_are_not_compared():
         best_rates([_row("lora", 1e-3, 0, None)])
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_every_method_the_same_trials_on_validation_data(tiny_profile, tmp_path):
     profile = load_profile(tiny_profile)
     specs = [spec for spec in sweep_specs(profile, ["lora", "dora"]) if spec.task == "boolq"]
