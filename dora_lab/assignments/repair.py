@@ -17,9 +17,8 @@ from dora_lab.assignments.build import HIDDEN, marking
 
 LARGEST_FILE = 30 * 2**20
 PARSING = threading.Lock()  # submissions are repaired side by side
-ROLE = (
-    "course"  # metadata of a repaired cell, read by `execute`: {"run": "both" | "test" | "submission", "names": […], …}
-)
+# Metadata of a repaired cell, read by `execute`: {"run": "both" | "test" | "submission", "names": […], "literal": True}.
+ROLE = "course"
 
 
 def read_submission(path: Path) -> NotebookNode:
