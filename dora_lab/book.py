@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 
 from dora_lab.cells import absolute
-from dora_lab.files import write_text
+from dora_lab.files import sha256_of, write_text
 from dora_lab.pipeline import RECORDED, RESULT_CHAPTERS, run_chapter
 from dora_lab.profiles import PROJECT, load_profile
 
@@ -55,7 +55,7 @@ def run_chapters(profile: str, folder: Path, report: Callable[[str], None] = pri
     sources = sorted((PROJECT / "notebooks").glob("*.ipynb"))
     for number, source in enumerate(sources, 1):
         target, stamp = folder / source.name, folder / f"{source.stem}.stamp.json"
-        made_of = json.dumps({"notebook": hashlib.sha256(source.read_bytes()).hexdigest()} | shared, indent=1)
+        made_of = json.dumps({"notebook": sha256_of(source)} | shared, indent=1)
         if source.stem == WORKER:
             shutil.copy2(source, target)
         elif not (target.exists() and stamp.exists() and stamp.read_text() == made_of):
@@ -75,7 +75,7 @@ def _digest(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in name.parts):
-            digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+            digest.update(f"{name}\0{sha256_of(path)}".encode())
     return digest.hexdigest()
 
 

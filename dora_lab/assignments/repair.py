@@ -17,7 +17,7 @@ from dora_lab.assignments.build import HIDDEN, marking
 
 LARGEST_FILE = 30 * 2**20
 PARSING = threading.Lock()  # submissions are repaired side by side
-# Metadata of a repaired cell, read by `execute`: {"run": "both" | "test" | "submission", "names": […], "literal": True}.
+# Of a repaired cell, read by `execute`: {"run": "both" | "test" | "submission", "names": […], "literal": True}.
 ROLE = "course"
 
 
